@@ -1,0 +1,1 @@
+"""farstep: ``torch.optim`` as a service."""

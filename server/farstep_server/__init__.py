@@ -1,0 +1,1 @@
+"""The farstep server: hosts optimizers and steps them for remote workers."""
