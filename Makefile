@@ -102,10 +102,10 @@ $(DEMO_STAMP): | $(VENV)/bin/python
 	@echo '== install torch'
 	@$(PIP) torch
 	@echo '== install farstep with what the demo needs'
-	@$(PIP) -e '.[demo]'
+	@$(PIP) --quiet -e '.[demo]'
 	@rm -f $(VENV)/.farstep-*; touch $@
 
 $(FULL_STAMP): $(DEMO_STAMP)
 	@echo '== install what the tests need'
-	@$(PIP) -e '.[demo,test,frameworks]'
+	@$(PIP) --quiet -e '.[demo,test,frameworks]'
 	@touch $@
