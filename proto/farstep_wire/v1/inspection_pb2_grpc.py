@@ -5,7 +5,7 @@ import warnings
 
 from farstep_wire.v1 import inspection_pb2 as farstep__wire_dot_v1_dot_inspection__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.82.2'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
