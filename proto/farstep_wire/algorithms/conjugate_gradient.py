@@ -20,7 +20,7 @@ Choices against SciPy's ``minimize(method="CG")``, which is the same algorithm:
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -234,9 +234,10 @@ class ConjugateGradient(Optimizer):
             return
         scalars.update(slope=leg.slope, step_size=leg.step, since_restart=leg.since_restart)
         for key, flat in (("direction", leg.direction), ("prev_grad", leg.grad)):
-            values = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in params]
-            _unflatten(flat, values)
-            for p, value in zip(params, values, strict=True):
+            kept = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in params]
+            for real, values in _paired(kept, flat):
+                real.copy_(values)
+            for p, value in zip(params, kept, strict=True):
                 self.state[p][key] = value
 
 
@@ -276,7 +277,7 @@ class _Function:
         origin = _flatten(self.params)
 
         def evaluate(step: float) -> Trial:
-            _unflatten(torch.add(origin, leg.direction, alpha=step), self.params)
+            self._move(origin, leg.direction, step)
             _, trial = self.evaluate_here()
             return replace(trial, step=step, slope=_dot(trial.grad, leg.direction))
 
@@ -284,9 +285,16 @@ class _Function:
         max_evals = min(max_calls, _MAX_SEARCH_EVALS)
         resolution = torch.finfo(origin.dtype).eps
         result = strong_wolfe(evaluate, start, leg.step, c1=c1, c2=c2, max_evals=max_evals, resolution=resolution)
-        reached = result.trial.step
-        _unflatten(torch.add(origin, leg.direction, alpha=reached) if reached else origin, self.params)
+        self._move(origin, leg.direction, result.trial.step)
         return result
+
+    def _move(self, origin: Tensor, direction: Tensor, step: float) -> None:
+        """Put the parameters at ``origin + step * direction``; where two share memory, their directions add up."""
+        for real, values in _paired(self.params, origin):
+            real.copy_(values)
+        if step:
+            for real, values in _paired(self.params, direction):
+                real.add_(values, alpha=step)
 
 
 def _next_leg(grad: Tensor, last: _Leg | None, group: Mapping[str, Any]) -> _Leg:
@@ -328,12 +336,12 @@ def _flatten(tensors: list[Tensor]) -> Tensor:
     return flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
 
 
-def _unflatten(flat: Tensor, tensors: list[Tensor]) -> None:
-    """Copy ``flat`` into ``tensors``, in their dtypes and strides: the inverse of ``_flatten``."""
+def _paired(tensors: list[Tensor], flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each tensor, a complex one as its view of reals, with its part of ``flat`` in the same shape."""
     offset = 0
     for tensor in tensors:
         real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        real.copy_(flat[offset : offset + real.numel()].view(real.shape))
+        yield real, flat[offset : offset + real.numel()].view(real.shape)
         offset += real.numel()
 
 
