@@ -176,8 +176,9 @@ class ConjugateGradient(Optimizer):
         _check_options(group)
         params: list[Tensor] = group["params"]
         function = _Function(closure, params)
-        original_loss, start = function.evaluate_here()
-        if start.finite and start.grad.numel() and float(group["lr"]) > 0.0:
+        original_loss, grad = function.evaluate()
+        start = Trial(step=0.0, loss=float(original_loss), slope=-_dot(grad, grad), grad=grad)
+        if start.finite and grad.numel() and float(group["lr"]) > 0.0:
             self._descend(function, start, group)
         self.state[params[0]]["func_evals"] = self.state[params[0]].get("func_evals", 0) + function.calls
         return original_loss
@@ -192,11 +193,11 @@ class ConjugateGradient(Optimizer):
         while iterations < max_iter and function.calls < max_eval:
             if _max_abs(point.grad) <= group["tolerance_grad"]:
                 break
-            iterations += 1
             leg = _next_leg(point.grad, last, group)
             if not (leg.slope < 0.0 and 0.0 < leg.step < math.inf):  # underflow or overflow: no numbers to search with
                 last = None
                 break
+            iterations += 1
             result = function.search(point, leg, c1=group["c1"], c2=group["c2"], max_calls=max_eval - function.calls)
             change = abs(result.trial.loss - point.loss)
             moved = result.trial.step * _max_abs(leg.direction)
@@ -228,9 +229,10 @@ class ConjugateGradient(Optimizer):
         scalars = self.state[params[0]]
         scalars["n_iter"] = scalars.get("n_iter", 0) + iterations
         if leg is None:
-            for p in params:
-                for key in _LEG_KEYS:
-                    self.state[p].pop(key, None)
+            for p in params[1:]:
+                self.state.pop(p, None)
+            for key in _LEG_KEYS:
+                scalars.pop(key, None)
             return
         scalars.update(slope=leg.slope, step_size=leg.step, since_restart=leg.since_restart)
         for key, flat in (("direction", leg.direction), ("prev_grad", leg.grad)):
@@ -264,13 +266,12 @@ class _Function:
         self.calls = 0
         self._closure = closure
 
-    def evaluate_here(self) -> tuple[Tensor | float, Trial]:
-        """Call the closure at the current parameters; what it returned, and that as the start of a line search."""
+    def evaluate(self) -> tuple[Tensor | float, Tensor]:
+        """Call the closure at the current parameters; what it returned, and the gradient there."""
         self.calls += 1
         with torch.enable_grad():
             returned = self._closure()
-        grad = _flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in self.params])
-        return returned, Trial(step=0.0, loss=float(returned), slope=-_dot(grad, grad), grad=grad)
+        return returned, _flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in self.params])
 
     def search(self, point: Trial, leg: "_Leg", *, c1: float, c2: float, max_calls: int) -> SearchResult:
         """Search from ``point``, which is where the parameters are, along ``leg``; leave them where it ended."""
@@ -278,8 +279,8 @@ class _Function:
 
         def evaluate(step: float) -> Trial:
             self._move(origin, leg.direction, step)
-            _, trial = self.evaluate_here()
-            return replace(trial, step=step, slope=_dot(trial.grad, leg.direction))
+            returned, grad = self.evaluate()
+            return Trial(step, float(returned), _dot(grad, leg.direction), grad)
 
         start = replace(point, step=0.0, slope=leg.slope)
         max_evals = min(max_calls, _MAX_SEARCH_EVALS)
