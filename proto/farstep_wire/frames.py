@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Protocol, TypeVar
 
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 
 from farstep_wire.errors import InvalidRequestError
 from farstep_wire.layout import align
@@ -50,6 +50,10 @@ class Body:
             index += 1
         return pieces
 
+    def join(self, prefix: Sequence[bytes], start: int, stop: int) -> bytes:
+        """Return the prefix and a range of the bytes as one."""
+        return b"".join((*prefix, *self.slices(start, stop)))
+
 
 def padded(segments: Iterable[memoryview | bytes]) -> Iterator[memoryview | bytes]:
     """Yield segments with zeros between them, so that each begins at a multiple of the alignment."""
@@ -61,12 +65,12 @@ def padded(segments: Iterable[memoryview | bytes]) -> Iterator[memoryview | byte
 
 
 class BytesSource(Protocol):
-    """Something whose ranges can be read when their frame is due."""
+    """Something whose ranges can be read, in order, when their frame is due."""
 
     nbytes: int
 
-    def slices(self, start: int, stop: int) -> Sequence[memoryview | bytes]:
-        """Return the pieces that make up a range."""
+    def join(self, prefix: Sequence[bytes], start: int, stop: int) -> bytes:
+        """Return the prefix and a range of the bytes as one."""
 
 
 EMPTY = Body()
@@ -84,12 +88,12 @@ def encode(frame: opb.ClientFrame | opb.ServerFrame, body: BytesSource = EMPTY) 
         yield header
         return
     stop = min(CHUNK_BYTES, total)
-    yield b"".join((header, _PAYLOAD_TAG, _varint(stop), *body.slices(0, stop)))
+    yield body.join((header, _PAYLOAD_TAG, _varint(stop)), 0, stop)
     follow = type(frame)(request=frame.request)
     while stop < total:
         start, stop = stop, min(stop + CHUNK_BYTES, total)
         follow.offset = start
-        yield b"".join((follow.SerializeToString(), _PAYLOAD_TAG, _varint(stop - start), *body.slices(start, stop)))
+        yield body.join((follow.SerializeToString(), _PAYLOAD_TAG, _varint(stop - start)), start, stop)
 
 
 def decode(kind: type[Frame], data: bytes) -> tuple[Frame, memoryview]:
@@ -203,8 +207,7 @@ class ScatterSink:
 class Incoming:
     """One message on its way in: checks that its frames come in order, without gap or overlap, and end where declared."""
 
-    def __init__(self, frame: Message, total: int, sink: Sink) -> None:
-        self.frame = frame
+    def __init__(self, total: int, sink: Sink) -> None:
         self._total = total
         self._sink = sink
         self._received = 0

@@ -1,0 +1,170 @@
+"""The server process: builds the parts, serves until told to stop, and drains."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from farstep_server.config import ServerConfig
+from farstep_server.core.registry import Registry
+from farstep_server.hosting.directory import Directory
+from farstep_server.logs import log_event
+from farstep_server.service.optimizer import OptimizerService
+from farstep_wire.errors import ConfigurationError, DrainingError
+from farstep_wire.limits import MESSAGE_BYTES
+from farstep_wire.v1 import optimizer_pb2
+
+_LOGGER = logging.getLogger(__name__)
+_UNARY_THREADS = 32
+_STOP_SECONDS = 2.0
+
+
+def resolve_device(text: str) -> torch.device:
+    """Return the device that the configuration names; ConfigurationError where this machine has none such."""
+    if text == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda:0" if text == "cuda" else text)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigurationError(f"device {text!r}: torch sees {torch.cuda.device_count()} CUDA devices here")
+    return device
+
+
+class App:
+    """One server. ``start`` returns once it serves; ``drain`` ends it in good order."""
+
+    def __init__(self, config: ServerConfig, registry: Registry) -> None:
+        self._config = config
+        self._device = resolve_device(config.device)
+        limit = config.memory_limit_bytes or default_limit_bytes()
+        self.directory = Directory(registry, self._device, config.lease.total_seconds(), limit)
+        self._health = health.HealthServicer()
+        self._server = self._grpc_server()
+
+    def _grpc_server(self) -> grpc.Server:
+        options = [
+            ("grpc.max_receive_message_length", MESSAGE_BYTES),
+            ("grpc.max_send_message_length", MESSAGE_BYTES),
+            ("grpc.so_reuseport", 0),
+            ("grpc.keepalive_time_ms", 20_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ]
+        threads = self._config.max_sessions + _UNARY_THREADS
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="farstep-rpc")
+        server = grpc.server(pool, options=options, maximum_concurrent_rpcs=threads)
+        server.add_generic_rpc_handlers((OptimizerService(self.directory).handler(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = [
+            *(service.full_name for service in optimizer_pb2.DESCRIPTOR.services_by_name.values()),
+            health.SERVICE_NAME,
+            reflection.SERVICE_NAME,
+        ]
+        reflection.enable_server_reflection(names, server)
+        return server
+
+    def start(self) -> list[str]:
+        """Listen and serve; return the addresses, with the ports that were chosen."""
+        addresses = [self._listen(address) for address in self._config.listen]
+        self._server.start()
+        self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        for address in addresses:
+            log_event(_LOGGER, logging.INFO, "serving", address=address, device=self._device, torch=torch.__version__)
+        return addresses
+
+    def _listen(self, address: str) -> str:
+        try:
+            port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {address}: {error}") from None
+        if address.startswith("unix:"):
+            os.chmod(address.removeprefix("unix:"), 0o600)
+            return address
+        return f"{address.rpartition(':')[0]}:{port}"
+
+    def drain(self, *, wait_for_workers: bool) -> None:
+        """Take no new sessions, let the step under way end, and stop.
+
+        ``wait_for_workers``: give attached workers the grace period to leave on their own first.
+        """
+        log_event(_LOGGER, logging.INFO, "draining", grace_seconds=self._config.drain_grace.total_seconds())
+        self._health.enter_graceful_shutdown()
+        self.directory.drain()
+        if wait_for_workers:
+            self.directory.wait_until_left(self._config.drain_grace.total_seconds())
+        self.directory.stop_all(DrainingError("the server is shutting down; the contribution was not applied"))
+        self._server.stop(_STOP_SECONDS).wait()
+        log_event(_LOGGER, logging.INFO, "stopped")
+
+
+def default_limit_bytes() -> int:
+    """Return the limit on hosted parameters where none is configured: 90 % of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 9 // 10
+
+
+def build_registry(optimizers: tuple[str, ...]) -> Registry:
+    """Return the registry with torch's classes, entry points of the group ``farstep.optimizers``, and the named ones."""
+    registry = Registry()
+    load_entry_points(registry)
+    for text in optimizers:
+        load_optimizer(registry, text)
+    return registry
+
+
+def load_entry_points(registry: Registry) -> None:
+    """Register the classes that installed packages offer."""
+    from importlib.metadata import entry_points
+
+    for point in entry_points(group="farstep.optimizers"):
+        registry.register(point.name, point.load())
+
+
+def load_optimizer(registry: Registry, text: str) -> None:
+    """Register ``[NAME=]package.module:Class``; ConfigurationError says what is wrong with it."""
+    from importlib import import_module
+
+    alias, _, path = text.rpartition("=")
+    module, _, attribute = path.partition(":")
+    if not module or not attribute:
+        raise ConfigurationError(f"optimizer {text!r} is not [NAME=]package.module:Class")
+    try:
+        cls = getattr(import_module(module), attribute)
+        registry.register(alias or attribute, cls, drives_closure=bool(getattr(cls, "farstep_drives_closure", False)))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigurationError(f"optimizer {text!r} cannot be registered: {error}") from error
+
+
+def serve(config: ServerConfig) -> int:
+    """Run a server until SIGTERM, SIGINT, or the end of stdin where so configured; return the exit code."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    app = App(config, build_registry(config.optimizer))
+    stop = threading.Event()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *_: stop.set())
+    addresses = app.start()
+    if config.exit_with_parent:
+        threading.Thread(target=_watch_stdin, args=(stop.set,), name="farstep-stdin", daemon=True).start()
+    if config.ready_fd is not None:
+        with os.fdopen(config.ready_fd, "w") as ready:
+            ready.write(json.dumps({"address": addresses[0]}) + "\n")
+    stop.wait()
+    app.drain(wait_for_workers=config.exit_with_parent)
+    return 0
+
+
+def _watch_stdin(stop: Callable[[], None]) -> None:
+    while sys.stdin.buffer.read(4096):
+        pass
+    stop()

@@ -1,0 +1,179 @@
+"""The engine of one hosted optimizer: the real ``torch.optim`` object on its parameters, stepped whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from farstep_server.core.gradients import Gradients
+from farstep_server.core.guard import Undo
+from farstep_server.core.options import GroupEdits, apply_edits, difference, frozen_options
+from farstep_server.core.parameters import ParameterStore
+from farstep_server.core.registry import OptimizerEntry
+from farstep_wire.errors import Applied, ArgumentsError, FarstepError, StepFailedError
+from farstep_wire.layout import Layout
+
+
+def to_cpu(value: Any) -> Any:
+    """Return a copy of a tree of state on the CPU, independent of the original."""
+    if isinstance(value, Tensor):
+        copy = value.detach().cpu()
+        return copy.clone() if copy.data_ptr() == value.data_ptr() else copy
+    if isinstance(value, dict):
+        return {key: to_cpu(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [to_cpu(item) for item in value]
+    if isinstance(value, tuple):
+        return tuple(to_cpu(item) for item in value)
+    return value
+
+
+class Engine:
+    """Optimizer and parameters. The owner alone calls it."""
+
+    def __init__(
+        self,
+        entry: OptimizerEntry,
+        arguments: Mapping[str, Any],
+        layout: Layout,
+        options: Sequence[Mapping[str, Any]],
+        contents: Tensor,
+        device: torch.device,
+    ) -> None:
+        self.entry = entry
+        self.store = ParameterStore(layout, device, contents)
+        self.optimizer = self._construct(arguments, options)
+        self._proven: set[frozenset[tuple[int, str]]] = set()
+
+    def _construct(self, arguments: Mapping[str, Any], options: Sequence[Mapping[str, Any]]) -> Optimizer:
+        parameters = iter(self.store.tensors)
+        groups = [
+            {"params": [next(parameters) for _ in range(size)], **group}
+            for size, group in zip(self.layout.group_sizes, options, strict=True)
+        ]
+        try:
+            return self.entry.cls(groups, **arguments)  # type: ignore[call-arg]
+        except Exception as error:
+            raise ArgumentsError(f"{self.entry.cls.__name__} could not be built on the server: {error}") from error
+
+    @property
+    def layout(self) -> Layout:
+        """The layout as it stands."""
+        return self.store.layout
+
+    def read_state(self, indices: Sequence[int] = ()) -> list[list[Any]]:
+        """Return state as [[parameter index or other key, entries], ...], copied to the CPU."""
+        numbers = {id(tensor): index for index, tensor in enumerate(self.store.tensors)}
+        wanted = set(indices)
+        result = []
+        for key, entries in self.optimizer.state.items():
+            number: Any = numbers[id(key)] if isinstance(key, Tensor) else key
+            if not wanted or number in wanted:
+                plain = dict(entries) if isinstance(entries, dict) else entries
+                result.append([number, to_cpu(plain)])
+        return result
+
+    def load_state(self, state: Sequence[tuple[Any, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
+        """Replace state and options as torch's ``load_state_dict`` does."""
+        first = 0
+        packed = []
+        for size, options in zip(self.layout.group_sizes, groups, strict=True):
+            packed.append({**options, "params": list(range(first, first + size))})
+            first += size
+        with self.undone_on_error(StepFailedError, "load_state_dict"):
+            self.optimizer.load_state_dict({"state": dict(state), "param_groups": packed})
+        self._proven.clear()
+
+    def add_group(self, group: Layout, options: Mapping[str, Any], contents: Tensor) -> None:
+        """Add a param group."""
+        layout = self.layout.extended(group)
+        store = self.store.extended(layout, group, contents)
+        try:
+            self.optimizer.add_param_group({"params": store.tensors[-len(group.parameters) :], **options})
+        except Exception as error:
+            raise ArgumentsError(f"add_param_group failed on the server: {error}", applied=Applied.NO) from error
+        self.store = store
+        self._proven.clear()
+
+    @contextmanager
+    def undone_on_error(self, kind: type[FarstepError], what: str) -> Iterator[None]:
+        """Undo whatever happens in the block if it raises, and raise ``kind`` from it."""
+        undo = Undo(self.optimizer, self.store, self.entry)
+        try:
+            yield
+        except Exception as error:
+            undo.restore()
+            raise kind(str(error), applied=Applied.NO) from error
+
+    def undo(self) -> Undo:
+        """Return the way back to the state as it is now."""
+        return Undo(self.optimizer, self.store, self.entry)
+
+    def set_gradients(self, gradients: Gradients) -> None:
+        """Hand each parameter its gradient."""
+        for tensor, gradient in zip(self.store.tensors, gradients, strict=True):
+            tensor.grad = gradient
+
+    def write_parameters(self, edited: Mapping[int, Tensor]) -> None:
+        """Take over parameters that a user changed on a worker."""
+        if edited:
+            self.store.before_write()
+        with torch.no_grad():
+            for index, value in edited.items():
+                self.store.tensors[index].copy_(value)
+
+    def edit_options(self, edits: GroupEdits) -> None:
+        """Set and remove options without a step."""
+        if not _harmless(self.optimizer, edits):
+            self._proven.clear()
+        apply_edits(self.optimizer, edits)
+
+    def step(self, gradients: Gradients, edits: GroupEdits, edited: Mapping[int, Tensor]) -> GroupEdits:
+        """Apply edits and gradients in one step; return the options that the optimizer itself changed.
+
+        StepFailedError: the optimizer raised. Everything is as before, and ``applied`` says NO; for an input of a kind that
+        this optimizer has stepped with before there is no undo copy, and ``applied`` says UNKNOWN.
+        """
+        if not _harmless(self.optimizer, edits):
+            self._proven.clear()
+        signature = frozenset((index, _kind(gradient)) for index, gradient in enumerate(gradients) if _kind(gradient))
+        undo = None if self.entry.trusted and signature in self._proven else self.undo()
+        try:
+            changed = self._step(gradients, edits, edited)
+        except Exception as error:
+            if undo is None:
+                raise StepFailedError(str(error), applied=Applied.UNKNOWN) from error
+            undo.restore()
+            raise StepFailedError(str(error), applied=Applied.NO) from error
+        self._proven.add(signature)
+        return changed
+
+    def _step(self, gradients: Gradients, edits: GroupEdits, edited: Mapping[int, Tensor]) -> GroupEdits:
+        apply_edits(self.optimizer, edits)
+        self.write_parameters(edited)
+        self.set_gradients(gradients)
+        self.store.before_write()
+        if self.entry.trusted:
+            self.optimizer.step()
+            return {}
+        before = frozen_options(self.optimizer)
+        self.optimizer.step()
+        return difference(before, self.optimizer.param_groups)
+
+
+def _kind(gradient: Tensor | None) -> str:
+    if gradient is None:
+        return "absent"
+    return "sparse" if gradient.is_sparse else ""
+
+
+def _harmless(optimizer: Optimizer, edits: GroupEdits) -> bool:
+    return all(
+        not removed and all(type(value) is type(optimizer.param_groups[number].get(key)) is float for key, value in changed.items())
+        for number, (changed, removed) in edits.items()
+    )

@@ -1,0 +1,359 @@
+"""What a hosted optimizer is told, and what it answers. Each event that awaits an answer carries a ticket."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from farstep_server.core.gradients import Staged
+from farstep_server.core.options import GroupEdits
+from farstep_server.core.parameters import ParameterReader
+from farstep_wire.errors import FarstepError
+from farstep_wire.layout import Layout, ParameterSpec
+from farstep_wire.policy import Policy
+
+
+class Ticket(Protocol):
+    """Whom to answer."""
+
+    def deliver(self, reply: Reply) -> None:
+        """Take the answer; called by the owner, must not block."""
+
+
+@dataclass(frozen=True)
+class Join:
+    """A worker attaches. ``instance`` is the same on a reconnect."""
+
+    ticket: Ticket
+    worker: str
+    instance: str
+    policy: Policy
+    layout: Layout
+    options: list[dict[str, Any]]
+    optimizer: str
+    lineage: str
+
+
+@dataclass(frozen=True)
+class Act:
+    """Something that every live worker must do before it takes effect: the base of contributions and collective acts."""
+
+    ticket: Ticket
+    worker: str
+    epoch: int
+    sequence: int
+
+
+@dataclass(frozen=True)
+class Contribution(Act):
+    """Gradients for a round, or the word that there are none.
+
+    ``staged`` is None for an abstention and for a closure-driven step without edited parameters.
+    """
+
+    version: int
+    incarnation: int
+    staged: Staged | None
+    edits: GroupEdits = field(default_factory=dict)
+    abstain: bool = False
+    closure: bool = False
+    num_samples: float | None = None
+    omit_parameters: bool = False
+
+
+@dataclass(frozen=True)
+class LoadState(Act):
+    """Replaces optimizer state and options."""
+
+    state: list[tuple[Any, Any]]
+    groups: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class AddGroup(Act):
+    """Adds a param group with its parameters' contents."""
+
+    layout: Layout
+    options: dict[str, Any]
+    contents: Tensor
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A closure's result: the answer to EvaluateReply."""
+
+    ticket: Ticket
+    worker: str
+    epoch: int
+    sequence: int
+    number: int
+    loss: object
+    staged: Staged | None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class ZeroGrad:
+    """Drops what the worker has staged."""
+
+    ticket: Ticket
+    worker: str
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Leave:
+    """Ends a membership. ``epoch`` guards against a late word of an old session."""
+
+    ticket: Ticket | None
+    worker: str
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Touch:
+    """A sign of life."""
+
+    worker: str
+    epoch: int
+
+
+@dataclass(frozen=True)
+class ReadParameters:
+    """Asks for the parameters."""
+
+    ticket: Ticket
+    worker: str = ""
+
+
+@dataclass(frozen=True)
+class ReadState:
+    """Asks for optimizer state; no indices: all of it."""
+
+    ticket: Ticket
+    indices: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class ReadDescription:
+    """Asks for a description."""
+
+    ticket: Ticket
+    parameters: bool = False
+
+
+@dataclass(frozen=True)
+class TakeDump:
+    """Asks for everything that a snapshot holds."""
+
+    ticket: Ticket
+
+
+@dataclass(frozen=True)
+class Restore:
+    """Rolls back to a dump."""
+
+    ticket: Ticket
+    dump: Dump
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Refuses all that waits, with the error; nothing is taken afterwards."""
+
+    ticket: Ticket
+    error: FarstepError
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time has passed."""
+
+
+Event = (
+    Join | Contribution | LoadState | AddGroup | Evaluation | ZeroGrad | Leave | Touch | ReadParameters | ReadState
+    | ReadDescription | TakeDump | Restore | Stop | Tick
+)  # fmt: skip
+
+
+class Outcome(Enum):
+    """What became of a contribution."""
+
+    COMMITTED = "committed"
+    STALE = "stale"
+    ROLLED_BACK = "rolled back"
+    SKIPPED = "skipped"
+
+
+@dataclass(frozen=True)
+class JoinReply:
+    """The worker is a member. ``options``: the groups as they stand, where they are to replace the worker's."""
+
+    resumed: bool
+    lineage: str
+    incarnation: int
+    version: int
+    epoch: int
+    settled: int
+    policy: Policy
+    device: str
+    options: list[dict[str, Any]]
+    parameters: int
+    lease_seconds: float
+
+
+@dataclass(frozen=True)
+class StepReply:
+    """What became of a contribution, with the parameters that the worker should now hold."""
+
+    outcome: Outcome
+    version: int
+    incarnation: int
+    contributions: int
+    edits: GroupEdits
+    loss: object
+    parameters: ParameterReader | None
+    staleness: int = 0
+
+
+@dataclass(frozen=True)
+class EvaluateReply:
+    """Asks for an evaluation at trial parameters."""
+
+    number: int
+    parameters: ParameterReader
+
+
+@dataclass(frozen=True)
+class ParametersReply:
+    """The parameters."""
+
+    version: int
+    incarnation: int
+    parameters: ParameterReader
+
+
+@dataclass(frozen=True)
+class StateReply:
+    """Optimizer state as [[parameter index or other key, entries], ...], copied to the CPU."""
+
+    version: int
+    incarnation: int
+    state: list[list[Any]]
+
+
+@dataclass(frozen=True)
+class DoneReply:
+    """It was carried out."""
+
+    version: int
+    incarnation: int
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """It was not carried out."""
+
+    error: FarstepError
+
+
+@dataclass(frozen=True)
+class WorkerRow:
+    """One worker in a description."""
+
+    worker: str
+    standing: str
+    version: int
+    epoch: int
+    contributions: int
+    abstentions: int
+    stale: int
+    lease_seconds: float
+
+
+@dataclass(frozen=True)
+class StateRow:
+    """One entry of a parameter's state: a value, or the norm of a tensor."""
+
+    name: str
+    value: object
+    norm: float | None
+
+
+@dataclass(frozen=True)
+class ParameterRow:
+    """One parameter in a description."""
+
+    parameter: ParameterSpec
+    norm: float
+    gradient_norm: float | None
+    state: list[StateRow]
+
+
+@dataclass(frozen=True)
+class Description:
+    """A hosted optimizer in full. ``rows`` is empty where the table was not asked for."""
+
+    name: str
+    optimizer: str
+    version: int
+    incarnation: int
+    lineage: str
+    policy: Policy
+    ephemeral: bool
+    device: str
+    layout: Layout
+    arguments: dict[str, Any]
+    options: list[dict[str, Any]]
+    workers: list[WorkerRow]
+    state_bytes: int
+    last_step_seconds: float
+    stale: int
+    rows: list[ParameterRow]
+
+
+@dataclass(frozen=True)
+class Member:
+    """What a dump keeps of a worker: its part of the dedup table and of the membership."""
+
+    worker: str
+    instance: str
+    epoch: int
+    settled: int
+    settled_version: int
+    live: bool
+
+
+@dataclass(frozen=True)
+class Dump:
+    """Everything that makes a hosted optimizer what it is, on the CPU and independent of the live one."""
+
+    name: str
+    optimizer: str
+    arguments: dict[str, Any]
+    layout: Layout
+    options: list[dict[str, Any]]
+    policy: Policy
+    ephemeral: bool
+    lineage: str
+    incarnation: int
+    version: int
+    contents: Tensor
+    state: list[list[Any]]
+    members: list[Member]
+    started: bool
+
+
+@dataclass(frozen=True)
+class DumpReply:
+    """A dump."""
+
+    dump: Dump
+
+
+Reply = (
+    JoinReply | StepReply | EvaluateReply | ParametersReply | StateReply | DoneReply | Refusal | Description | DumpReply
+)

@@ -1,0 +1,95 @@
+"""Gradients of a round: staged by each worker, reduced in worker order.
+
+The reduction is a sum in worker order followed by one division, whatever the order of arrival, so its bits depend on the
+contributions alone. One contribution is taken as it is: no copy, no division. A parameter for which some workers have no
+gradient is divided by the weight of all that contributed, since theirs is the derivative of the mean loss; where no worker
+has one, there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from farstep_wire.layout import GradientPlan, Layout, SparseForm
+
+Gradients = list[Tensor | None]
+
+
+@dataclass
+class Staged:
+    """The bytes of one contribution in a host buffer, and the plan that says what lies where.
+
+    ``buffer`` may be longer than the plan; it belongs to the round until ``release`` is called.
+    """
+
+    plan: GradientPlan
+    buffer: Tensor
+
+
+def materialize(staged: Staged, layout: Layout, device: torch.device) -> tuple[Gradients, dict[int, Tensor]]:
+    """Return the gradients and the edited parameters as views of the staged bytes, moved to the device in one copy."""
+    plan = staged.plan
+    buffer = staged.buffer[: plan.nbytes]
+    if device.type != "cpu":
+        buffer = buffer.to(device, non_blocking=buffer.is_pinned())
+    gradients: Gradients = []
+    for index, pieces in enumerate(plan.pieces):
+        if not pieces:
+            gradients.append(None)
+            continue
+        tensors = [spec.view(buffer, offset) for spec, offset in pieces]
+        form = plan.forms.get(index)
+        if isinstance(form, SparseForm):
+            gradients.append(_sparse(tensors[0], tensors[1], layout.specs[index].shape, form))
+        else:
+            gradients.append(tensors[0])
+    edited = {index: spec.view(buffer, offset) for index, spec, offset in plan.edited}
+    return gradients, edited
+
+
+def _sparse(indices: Tensor, values: Tensor, shape: tuple[int, ...], form: SparseForm) -> Tensor:
+    return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=form.coalesced, check_invariants=True)
+
+
+def reduce_gradients(contributions: Sequence[Gradients], weights: Sequence[float] | None) -> Gradients:
+    """Return the (weighted) mean of gradients in the order given. The first one's memory may be reused for it."""
+    if len(contributions) == 1:
+        return contributions[0]
+    total = float(len(contributions)) if weights is None else sum(weights)
+    reduced: Gradients = []
+    for per_worker in zip(*contributions, strict=True):
+        scaled = list(zip(per_worker, weights or [None] * len(per_worker), strict=True))
+        accumulator: Tensor | None = None
+        for gradient, weight in scaled:
+            if gradient is not None:
+                accumulator = _accumulate(accumulator, gradient, weight)
+        reduced.append(None if accumulator is None else accumulator.div_(total))
+    return reduced
+
+
+def _accumulate(accumulator: Tensor | None, gradient: Tensor, weight: float | None) -> Tensor:
+    if accumulator is None:
+        return gradient if weight is None else gradient.mul_(weight)
+    if gradient.is_sparse and not accumulator.is_sparse:
+        return accumulator.add_(gradient, alpha=1.0 if weight is None else weight)
+    if accumulator.is_sparse and not gradient.is_sparse:
+        dense = gradient if weight is None else gradient.mul_(weight)
+        return dense.add_(accumulator)
+    return accumulator.add_(gradient) if weight is None else accumulator.add_(gradient, alpha=weight)
+
+
+def reduce_losses(losses: Sequence[object], weights: Sequence[float] | None) -> object:
+    """Return the (weighted) mean of what closures returned, in the order given; one is taken as it is."""
+    if len(losses) == 1:
+        return losses[0]
+    if any(loss is None for loss in losses):
+        return None
+    tensors = [torch.as_tensor(loss) for loss in losses]
+    total = tensors[0] * (1.0 if weights is None else weights[0])
+    for index, loss in enumerate(tensors[1:], start=1):
+        total = total + loss * (1.0 if weights is None else weights[index])
+    return total / (len(tensors) if weights is None else sum(weights))

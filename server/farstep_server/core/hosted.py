@@ -1,0 +1,596 @@
+"""A hosted optimizer: one state machine that turns events into replies. Only its owner calls it, one event after another.
+
+The rules, in the order in which an act (a contribution, load_state_dict, add_param_group) meets them:
+
+1. An act of a fenced session is refused; one that is settled gets the recorded answer.
+2. A contribution of another incarnation or of an older version (under Sync) is not used; its sender gets the parameters.
+3. Under Sync it waits in the round until the round is ready; under Async it is a round of its own.
+4. What a round does commits whole, raises the version where it stepped, and is settled for every worker in it; or it is
+   refused to every worker in it and nothing has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from farstep_server.core import describe
+from farstep_server.core import events as ev
+from farstep_server.core.driven import DrivenStep
+from farstep_server.core.engine import Engine
+from farstep_server.core.gradients import Gradients, materialize, reduce_gradients
+from farstep_server.core.membership import Membership, Settled, WorkerRecord
+from farstep_server.core.options import GroupEdits, agreed_edits, frozen_options
+from farstep_server.core.rounds import Round
+from farstep_wire.errors import (
+    Applied,
+    ClosureError,
+    FarstepError,
+    FencedError,
+    InvalidRequestError,
+    LayoutMismatchError,
+    MismatchError,
+    RollbackError,
+)
+from farstep_wire.plain import same_value
+from farstep_wire.policy import Async, Policy, Sync
+
+Replies = list[tuple[ev.Ticket, ev.Reply]]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a hosted optimizer is, apart from its state."""
+
+    name: str
+    optimizer: str
+    arguments: dict[str, Any]
+    policy: Policy
+    ephemeral: bool
+    lineage: str
+    lease_seconds: float
+
+
+class HostedOptimizer:
+    """The state machine. ``clock`` only measures how long a step takes."""
+
+    def __init__(self, identity: Identity, engine: Engine, clock: Callable[[], float]) -> None:
+        self.identity = identity
+        self.engine = engine
+        self.version = 0
+        self.incarnation = 1
+        self._clock = clock
+        self.members = Membership(identity.lease_seconds)
+        self._round = Round()
+        self._started = False
+        self._driven: DrivenStep | None = None
+        self._driven_acts: list[ev.Contribution] = []
+        self._evaluation_tickets: dict[str, ev.Ticket] = {}
+        self._deferred: list[ev.Act] = []
+        self._blocked: list[ev.Contribution] = []
+        self._stale = 0
+        self._last_step_seconds = 0.0
+        self._had_workers = False
+        self._replies: Replies = []
+
+    # Events in, replies out.
+
+    def handle(self, event: ev.Event, now: float) -> Replies:
+        """Take one event at a time; return the replies that it caused, its own among them if it is ready."""
+        self._replies = []
+        ticket = getattr(event, "ticket", None)
+        try:
+            self._expire(now)
+            self._dispatch(event, now)
+            self._advance(now)
+        except FarstepError as error:
+            if ticket is not None:
+                self._reply(ticket, ev.Refusal(error))
+        return self._replies
+
+    def next_deadline(self) -> float | None:
+        """Return when a Tick is due: a lease runs out, or a round's timeout passes."""
+        deadlines = [self.members.next_deadline()]
+        if isinstance(self.identity.policy, Sync):
+            deadlines.append(self._round.deadline(self.identity.policy))
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether it is ephemeral and its last worker has left."""
+        return self.identity.ephemeral and self._had_workers and not self.members.live()
+
+    def live_workers(self) -> int:
+        """Return how many workers are live."""
+        return len(self.members.live())
+
+    def _dispatch(self, event: ev.Event, now: float) -> None:
+        match event:
+            case ev.Contribution() | ev.LoadState() | ev.AddGroup():
+                self._on_act(event, now)
+            case ev.Evaluation():
+                self._on_evaluation(event, now)
+            case ev.Touch():
+                self.members.touch(event.worker, event.epoch, now)
+            case ev.Join():
+                self._on_join(event, now)
+            case ev.Leave():
+                self._on_leave(event)
+            case ev.ZeroGrad():
+                self._on_zero_grad(event, now)
+            case ev.ReadParameters():
+                reply = ev.ParametersReply(self.version, self.incarnation, self.engine.store.reader())
+                self._between_steps(event.ticket, reply)
+            case ev.ReadState():
+                state = self.engine.read_state(event.indices)
+                self._between_steps(event.ticket, ev.StateReply(self.version, self.incarnation, state))
+            case ev.ReadDescription():
+                self._reply(event.ticket, self._describe(event.parameters, now))
+            case ev.TakeDump():
+                self._between_steps(event.ticket, ev.DumpReply(self._dump()))
+            case ev.Restore():
+                self._on_restore(event, now)
+            case ev.Stop():
+                self._refuse_all(event.error)
+                self._reply(event.ticket, self._done())
+            case ev.Tick():
+                pass
+
+    def _reply(self, ticket: ev.Ticket, reply: ev.Reply) -> None:
+        self._replies.append((ticket, reply))
+
+    def _done(self) -> ev.DoneReply:
+        return ev.DoneReply(self.version, self.incarnation)
+
+    def _between_steps(self, ticket: ev.Ticket, reply: ev.Reply) -> None:
+        if self._driven is not None:
+            raise MismatchError("a closure-driven step is under way; ask again when it has ended", applied=Applied.NO)
+        self._reply(ticket, reply)
+
+    # Membership.
+
+    def _on_join(self, event: ev.Join, now: float) -> None:
+        self._check_same(event)
+        if event.lineage:
+            self._check_reconnect(event)
+        previous = self._round.drop(event.worker)
+        record, resumed = self.members.join(event.worker, event.instance, now)
+        if previous is not None and not resumed:
+            self._fence(previous.ticket, event.worker)
+        elif previous is not None:
+            self._round.put(previous, now)
+        if not resumed:
+            record.version = self.version
+            record.first_round = self.version + 1 if self._started and len(self._round) else self.version
+            self._leave_driven_step(event.worker)
+        self._had_workers = True
+        options = frozen_options(self.engine.optimizer) if self.version or event.lineage else []
+        if not options and not resumed:
+            self._check_options(event)
+        policy, device = self.identity.policy, str(self.engine.store.device)
+        self._reply(
+            event.ticket,
+            ev.JoinReply(
+                resumed, self.identity.lineage, self.incarnation, self.version, record.epoch, record.settled_sequence,
+                policy, device, options, len(self.engine.layout.parameters), self.identity.lease_seconds,
+            ),
+        )  # fmt: skip
+
+    def _check_same(self, event: ev.Join) -> None:
+        name = self.identity.name
+        if event.optimizer != self.identity.optimizer:
+            raise MismatchError(f"{name!r} hosts {self.identity.optimizer}; worker {event.worker} has {event.optimizer}")
+        problem = self.engine.layout.difference(event.layout)
+        if problem is not None:
+            raise LayoutMismatchError(f"{name!r}, worker {event.worker}: {problem}")
+        if event.policy != self.identity.policy:
+            raise MismatchError(f"{name!r} has the policy {self.identity.policy}; worker {event.worker} asks for {event.policy}")
+
+    def _check_options(self, event: ev.Join) -> None:
+        mine = frozen_options(self.engine.optimizer)
+        for number, (group, theirs) in enumerate(zip(mine, event.options, strict=True)):
+            for key in sorted(group.keys() | theirs.keys()):
+                if not same_value(group.get(key), theirs.get(key)):
+                    raise MismatchError(
+                        f"{self.identity.name!r}: param_groups[{number}][{key!r}] is {group.get(key)!r} on the server; "
+                        f"worker {event.worker} has {theirs.get(key)!r}. Give each worker the same options"
+                    )
+
+    def _check_reconnect(self, event: ev.Join) -> None:
+        if event.lineage != self.identity.lineage:
+            raise RollbackError(
+                f"{self.identity.name!r} was created anew since worker {event.worker} attached: its lineage was "
+                f"{event.lineage}, now it is {self.identity.lineage}. Build the optimizer again to go on with the new one"
+            )
+        for record in self.members:
+            if record.worker == event.worker and record.instance != event.instance:
+                raise FencedError(
+                    f"worker {event.worker}: another process has attached as the same worker; give each worker its own id",
+                    applied=Applied.NO,
+                )
+
+    def _fence(self, ticket: ev.Ticket, worker: str) -> None:
+        error = FencedError(f"worker {worker}: another process has attached as the same worker", applied=Applied.NO)
+        self._reply(ticket, ev.Refusal(error))
+
+    def _on_leave(self, event: ev.Leave) -> None:
+        if self.members.leave(event.worker, event.epoch):
+            self._forget(event.worker)
+        if event.ticket is not None:
+            self._reply(event.ticket, self._done())
+
+    def _expire(self, now: float) -> None:
+        for worker in self.members.expire(now):
+            self._forget(worker)
+
+    def _forget(self, worker: str) -> None:
+        act = self._round.drop(worker)
+        if act is not None:
+            error = FencedError(f"worker {worker} is no member any more; its contribution was dropped", applied=Applied.NO)
+            self._reply(act.ticket, ev.Refusal(error))
+        self._leave_driven_step(worker)
+
+    def _leave_driven_step(self, worker: str) -> None:
+        if self._driven is None or worker not in self._driven.contributions:
+            return
+        self._driven.drop(worker)
+        self._evaluation_tickets.pop(worker, None)
+        if not self._driven.contributions:
+            self._abort_driven(ClosureError(f"worker {worker} left in an evaluation", applied=Applied.NO))
+
+    # Acts.
+
+    def _on_act(self, act: ev.Act, now: float) -> None:
+        record = self.members.check(act.worker, act.epoch, now)
+        if act.sequence <= record.settled_sequence:
+            self._reply(act.ticket, self._recorded(record, act))
+        elif self._driven is not None:
+            self._on_act_during_driven(act)
+        elif self._is_current(act, record):
+            if isinstance(self.identity.policy, Async):
+                self._on_async(act)
+            else:
+                self._round.put(act, now)
+
+    def _recorded(self, record: WorkerRecord, act: ev.Act) -> ev.Reply:
+        if not isinstance(act, ev.Contribution):
+            return self._done()
+        settled = record.settled or Settled(version=self.version)
+        options = dict(enumerate((group, ()) for group in frozen_options(self.engine.optimizer)))
+        return ev.StepReply(
+            settled.outcome, self.version, self.incarnation, settled.contributions, options, settled.loss,
+            self.engine.store.reader(),
+        )  # fmt: skip
+
+    def _is_current(self, act: ev.Act, record: WorkerRecord) -> bool:
+        if not isinstance(act, ev.Contribution):
+            return True
+        if act.incarnation != self.incarnation:
+            self._not_used(act, record, ev.Outcome.ROLLED_BACK)
+            return False
+        if act.version > self.version:
+            raise RollbackError(
+                f"{self.identity.name!r} is at version {self.version}; worker {act.worker} holds version {act.version}",
+                applied=Applied.NO,
+            )
+        if act.version < self.version and isinstance(self.identity.policy, Sync):
+            record.stale += 1
+            self._stale += 1
+            self._not_used(act, record, ev.Outcome.STALE)
+            return False
+        return True
+
+    def _not_used(self, act: ev.Contribution, record: WorkerRecord, outcome: ev.Outcome) -> None:
+        record.version = self.version
+        options = dict(enumerate((group, ()) for group in frozen_options(self.engine.optimizer)))
+        self._reply(
+            act.ticket,
+            ev.StepReply(
+                outcome, self.version, self.incarnation, 0, options, None, self.engine.store.reader(),
+                self.version - min(act.version, self.version),
+            ),
+        )  # fmt: skip
+
+    def _on_zero_grad(self, event: ev.ZeroGrad, now: float) -> None:
+        self.members.check(event.worker, event.epoch, now)
+        self._round.drop(event.worker)
+        self._reply(event.ticket, self._done())
+
+    # Rounds.
+
+    def _advance(self, now: float) -> None:
+        policy = self.identity.policy
+        while True:
+            if self._driven is not None:
+                if not self._driven.complete:
+                    return
+                self._advance_driven()
+            elif isinstance(policy, Sync) and self._round.ready(
+                policy, self.members.live(), self.version, self._started, now
+            ):
+                self._commit(self._round.take())
+            elif not self._unblock():
+                return
+            deferred, self._deferred = self._deferred, []
+            for act in deferred:
+                self._on_act(act, now)
+
+    def _on_async(self, act: ev.Act) -> None:
+        if isinstance(act, ev.Contribution):
+            self._blocked.append(act)
+        else:
+            self._commit([act])
+
+    def _unblock(self) -> bool:
+        """Commit the first contribution under Async whose worker is not too far ahead."""
+        for act in self._blocked:
+            if not self._too_far_ahead(act.worker):
+                self._blocked.remove(act)
+                self._commit([act])
+                return True
+        return False
+
+    def _too_far_ahead(self, worker: str) -> bool:
+        limit = self.identity.policy.max_staleness if isinstance(self.identity.policy, Async) else None
+        if limit is None:
+            return False
+        counts = {record.worker: record.contributions for record in self.members.live()}
+        return counts.get(worker, 0) - min(counts.values(), default=0) > limit
+
+    def _commit(self, acts: Sequence[ev.Act]) -> None:
+        try:
+            self._check_alike(acts)
+            match acts[0]:
+                case ev.LoadState() as load:
+                    self._load(load, acts)
+                case ev.AddGroup() as group:
+                    self._add_group(group, acts)
+                case _:
+                    self._commit_contributions([act for act in acts if isinstance(act, ev.Contribution)])
+        except FarstepError as error:
+            for act in acts:
+                self._reply(act.ticket, ev.Refusal(error))
+
+    def _check_alike(self, acts: Sequence[ev.Act]) -> None:
+        first = acts[0]
+        for act in acts[1:]:
+            if type(act) is not type(first):
+                raise MismatchError(
+                    f"worker {first.worker} calls {_what(first)} while worker {act.worker} calls {_what(act)}; "
+                    f"all workers must make the same call",
+                    applied=Applied.NO,
+                )
+
+    def _commit_contributions(self, acts: list[ev.Contribution]) -> None:
+        edits = agreed_edits(self.engine.optimizer, {act.worker: act.edits for act in acts})
+        contributors = [act for act in acts if not act.abstain]
+        if not contributors:
+            self.engine.edit_options(edits)
+            self._settle(acts, ev.Outcome.SKIPPED, {}, None)
+        elif any(act.closure for act in contributors):
+            self._start_driven(acts, contributors, edits)
+        else:
+            self._step(acts, contributors, edits)
+
+    def _step(self, acts: list[ev.Contribution], contributors: list[ev.Contribution], edits: GroupEdits) -> None:
+        begun = self._clock()
+        gradients: list[Gradients] = []
+        edited: dict[int, Tensor] = {}
+        for act in contributors:
+            assert act.staged is not None, "a contribution without closure has gradients"
+            own, changed = materialize(act.staged, self.engine.layout, self.engine.store.device)
+            gradients.append(own)
+            edited = {**changed, **edited}
+        reduced = reduce_gradients(gradients, _weights(contributors))
+        changed_options = self.engine.step(reduced, edits, edited)
+        self._last_step_seconds = self._clock() - begun
+        self._committed(acts, changed_options, None)
+
+    def _committed(self, acts: list[ev.Contribution], changed: GroupEdits, loss: object) -> None:
+        self.version += 1
+        self._started = True
+        self._settle(acts, ev.Outcome.COMMITTED, changed, loss)
+
+    def _settle(self, acts: list[ev.Contribution], outcome: ev.Outcome, changed: GroupEdits, loss: object) -> None:
+        used = sum(not act.abstain for act in acts)
+        for act in acts:
+            record = self._record(act)
+            record.settled = Settled(outcome, self.version, used, loss)
+            record.version = self.version
+            record.abstentions += act.abstain
+            record.contributions += not act.abstain
+            reader = None if act.omit_parameters else self.engine.store.reader()
+            staleness = max(0, self.version - 1 - act.version)
+            self._reply(
+                act.ticket,
+                ev.StepReply(outcome, self.version, self.incarnation, used, changed, loss, reader, staleness),
+            )
+
+    def _record(self, act: ev.Act) -> WorkerRecord:
+        record = next(record for record in self.members if record.worker == act.worker)
+        record.settled_sequence = act.sequence
+        return record
+
+    def _load(self, load: ev.LoadState, acts: Sequence[ev.Act]) -> None:
+        self.engine.load_state(load.state, load.groups)
+        self.incarnation += 1
+        self._settle_collective(acts)
+
+    def _add_group(self, group: ev.AddGroup, acts: Sequence[ev.Act]) -> None:
+        for act in acts[1:]:
+            assert isinstance(act, ev.AddGroup), "checked to be alike"
+            problem = group.layout.difference(act.layout)
+            if problem is not None:
+                raise LayoutMismatchError(f"add_param_group on worker {act.worker}: {problem}", applied=Applied.NO)
+        self.engine.add_group(group.layout, group.options, group.contents)
+        self._settle_collective(acts)
+
+    def _settle_collective(self, acts: Sequence[ev.Act]) -> None:
+        for act in acts:
+            self._record(act)
+            self._reply(act.ticket, self._done())
+
+    # Closure-driven steps.
+
+    def _start_driven(
+        self, acts: list[ev.Contribution], contributors: list[ev.Contribution], edits: GroupEdits
+    ) -> None:
+        if not self.engine.entry.drives_closure or not all(act.closure for act in contributors):
+            raise InvalidRequestError(
+                f"{self.identity.optimizer} and the contributions disagree on whether the closure drives the step",
+                applied=Applied.NO,
+            )
+        driven = DrivenStep(self.engine, contributors, edits)
+        for act in reversed(contributors):
+            if act.staged is not None:
+                self.engine.write_parameters(materialize(act.staged, self.engine.layout, self.engine.store.device)[1])
+        driven.start()
+        self._driven = driven
+        self._driven_acts = acts
+        self._evaluation_tickets = {act.worker: act.ticket for act in contributors}
+        self._after_driven()
+
+    def _on_act_during_driven(self, act: ev.Act) -> None:
+        driven = self._driven
+        assert driven is not None, "called during a driven step"
+        own = driven.contributions.get(act.worker)
+        if own is None or own.sequence != act.sequence:
+            self._deferred.append(act)
+            return
+        # A reconnect in the middle of the step: the evaluation that is out is asked for again.
+        self._evaluation_tickets[act.worker] = act.ticket
+        if not driven.has_answered(act.worker):
+            self._reply(act.ticket, ev.EvaluateReply(driven.wanted, self.engine.store.reader()))
+
+    def _on_evaluation(self, event: ev.Evaluation, now: float) -> None:
+        self.members.check(event.worker, event.epoch, now)
+        driven = self._driven
+        own = driven.contributions.get(event.worker) if driven is not None else None
+        if driven is None or own is None or own.sequence != event.sequence:
+            raise ClosureError("the step that this evaluation belongs to has ended; it was rolled back", applied=Applied.NO)
+        self._evaluation_tickets[event.worker] = event.ticket
+        try:
+            driven.put(event)
+        except ClosureError as error:
+            self._abort_driven(error)
+
+    def _advance_driven(self) -> None:
+        driven = self._driven
+        assert driven is not None, "called during a driven step"
+        try:
+            driven.advance()
+        except FarstepError as error:
+            self._end_driven(error)
+            return
+        self._after_driven()
+
+    def _after_driven(self) -> None:
+        driven = self._driven
+        assert driven is not None, "called during a driven step"
+        if driven.finished is None:
+            for worker in driven.contributions:
+                reader = self.engine.store.reader()
+                self._reply(self._evaluation_tickets[worker], ev.EvaluateReply(driven.wanted, reader))
+            return
+        acts = [
+            act if act.abstain else _with_ticket(act, self._evaluation_tickets[act.worker])
+            for act in self._driven_acts
+            if act.abstain or act.worker in driven.contributions
+        ]
+        self._driven = None
+        self._committed(acts, driven.changed, driven.finished.value)
+
+    def _abort_driven(self, error: FarstepError) -> None:
+        if self._driven is not None:
+            self._driven.roll_back()
+            self._end_driven(error)
+
+    def _end_driven(self, error: FarstepError) -> None:
+        assert self._driven is not None, "called during a driven step"
+        for worker in self._driven.contributions:
+            self._reply(self._evaluation_tickets[worker], ev.Refusal(error))
+        for act in self._driven_acts:
+            if act.abstain:
+                self._reply(act.ticket, ev.Refusal(error))
+        self._driven = None
+
+    # Whole-state acts.
+
+    def _describe(self, parameters: bool, now: float) -> ev.Description:
+        waiting = {act.worker for act in self._round.acts()} | {act.worker for act in self._blocked}
+        identity = self.identity
+        return ev.Description(
+            identity.name, identity.optimizer, self.version, self.incarnation, identity.lineage, identity.policy,
+            identity.ephemeral, str(self.engine.store.device), self.engine.layout, identity.arguments,
+            frozen_options(self.engine.optimizer), self.members.rows(waiting, now),
+            describe.state_bytes(dict(self.engine.optimizer.state)), self._last_step_seconds, self._stale,
+            describe.parameter_rows(self.engine) if parameters else [],
+        )  # fmt: skip
+
+    def _dump(self) -> ev.Dump:
+        identity = self.identity
+        return ev.Dump(
+            identity.name, identity.optimizer, identity.arguments, self.engine.layout,
+            frozen_options(self.engine.optimizer), identity.policy, identity.ephemeral, identity.lineage,
+            self.incarnation, self.version, self.engine.store.host().clone(), self.engine.read_state(),
+            self.members.members(), self._started,
+        )  # fmt: skip
+
+    def resume_from(self, dump: ev.Dump, now: float) -> None:
+        """Take over a dump after a restart: the same lineage and incarnation go on."""
+        self._take_over(dump)
+        self.incarnation = dump.incarnation
+        self._started = dump.started
+        self.members.restore(dump.members, now)
+        self._had_workers = bool(dump.members)
+
+    def _on_restore(self, event: ev.Restore, now: float) -> None:
+        problem = self.engine.layout.difference(event.dump.layout)
+        if problem is not None:
+            raise LayoutMismatchError(f"the snapshot does not fit {self.identity.name!r}: {problem}")
+        self._abort_driven(ClosureError("the hosted optimizer was rolled back", applied=Applied.NO))
+        self._take_over(event.dump)
+        self.incarnation += 1
+        for act in (*self._round.take(), *self._blocked):
+            if isinstance(act, ev.Contribution):
+                self._not_used(act, self._record(act), ev.Outcome.ROLLED_BACK)
+            else:
+                error = RollbackError("the hosted optimizer was rolled back", applied=Applied.NO)
+                self._reply(act.ticket, ev.Refusal(error))
+        self._blocked.clear()
+        self._reply(event.ticket, self._done())
+
+    def _take_over(self, dump: ev.Dump) -> None:
+        self.engine.load_state([(key, entries) for key, entries in dump.state], dump.options)
+        self.engine.store.write(dump.contents)
+        self.version = dump.version
+
+    def _refuse_all(self, error: FarstepError) -> None:
+        self._abort_driven(error)
+        for act in (*self._round.take(), *self._blocked, *self._deferred):
+            self._reply(act.ticket, ev.Refusal(error))
+        self._blocked.clear()
+        self._deferred.clear()
+
+
+def _what(act: ev.Act) -> str:
+    return {"Contribution": "step", "LoadState": "load_state_dict", "AddGroup": "add_param_group"}[type(act).__name__]
+
+
+def _weights(acts: Sequence[ev.Contribution]) -> list[float] | None:
+    weights = [act.num_samples for act in acts]
+    if all(weight is None for weight in weights) or len(acts) == 1:
+        return None
+    for act in acts:
+        if act.num_samples is None:
+            raise MismatchError(
+                f"worker {act.worker} gives no num_samples, other workers of the round do", applied=Applied.NO
+            )
+    return [float(weight) for weight in weights if weight is not None]
+
+
+def _with_ticket(act: ev.Contribution, ticket: ev.Ticket) -> ev.Contribution:
+    return replace(act, ticket=ticket)

@@ -1,0 +1,164 @@
+"""Workers of a hosted optimizer: leases, epochs, and the dedup table that makes contributions count once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from farstep_server.core.events import Member, Outcome, WorkerRow
+from farstep_wire.errors import Applied, FencedError
+from farstep_wire.policy import worker_order
+
+
+@dataclass
+class Settled:
+    """The answer that a retry of the last settled contribution gets."""
+
+    outcome: Outcome = Outcome.COMMITTED
+    version: int = 0
+    contributions: int = 0
+    loss: object = None
+
+
+@dataclass
+class WorkerRecord:
+    """One worker. ``settled_sequence`` is the last contribution of this instance that is decided."""
+
+    worker: str
+    instance: str
+    epoch: int
+    deadline: float
+    live: bool = True
+    left: bool = False
+    first_round: int = 0
+    settled_sequence: int = 0
+    settled: Settled | None = None
+    version: int = 0
+    contributions: int = 0
+    abstentions: int = 0
+    stale: int = 0
+
+
+class Membership:
+    """All workers that were ever here, and who is live."""
+
+    def __init__(self, lease_seconds: float) -> None:
+        self.lease_seconds = lease_seconds
+        self._records: dict[str, WorkerRecord] = {}
+
+    def __iter__(self) -> Iterator[WorkerRecord]:
+        return iter(sorted(self._records.values(), key=lambda record: worker_order(record.worker)))
+
+    def live(self) -> list[WorkerRecord]:
+        """Return the live workers in worker order."""
+        return [record for record in self if record.live]
+
+    def join(self, worker: str, instance: str, now: float) -> tuple[WorkerRecord, bool]:
+        """Let a worker in, or in again under a new epoch; return its record and whether its instance was here before."""
+        record = self._records.get(worker)
+        if record is None:
+            record = self._records[worker] = WorkerRecord(worker, instance, 0, now)
+            resumed = False
+        else:
+            resumed = record.instance == instance
+        if not resumed:
+            record.instance, record.settled_sequence, record.settled = instance, 0, None
+        record.epoch += 1
+        record.live, record.left = True, False
+        record.deadline = now + self.lease_seconds
+        return record, resumed
+
+    def check(self, worker: str, epoch: int, now: float) -> WorkerRecord:
+        """Return the record of a member that speaks, and renew its lease; FencedError where it speaks no more."""
+        record = self._records.get(worker)
+        if record is None or record.epoch != epoch:
+            current = "none" if record is None else str(record.epoch)
+            raise FencedError(
+                f"worker {worker}: this session (epoch {epoch}) has been replaced (epoch now: {current}); another process "
+                f"attached as the same worker. Give each worker its own id",
+                applied=Applied.NO,
+            )
+        if not record.live:
+            raise FencedError(
+                f"worker {worker}: its lease of {self.lease_seconds:g} s ran out and the round went on without it; "
+                f"attach again to go on",
+                applied=Applied.NO,
+            )
+        record.deadline = now + self.lease_seconds
+        return record
+
+    def touch(self, worker: str, epoch: int, now: float) -> None:
+        """Renew a lease; the word of a fenced session changes nothing."""
+        record = self._records.get(worker)
+        if record is not None and record.live and record.epoch == epoch:
+            record.deadline = now + self.lease_seconds
+
+    def leave(self, worker: str, epoch: int) -> bool:
+        """End a membership; return whether that session was the current one."""
+        record = self._records.get(worker)
+        if record is None or record.epoch != epoch:
+            return False
+        record.live, record.left = False, True
+        return True
+
+    def expire(self, now: float) -> list[str]:
+        """End the memberships whose lease has run out; return them."""
+        expired = [record for record in self._records.values() if record.live and record.deadline <= now]
+        for record in expired:
+            record.live = False
+        return [record.worker for record in expired]
+
+    def next_deadline(self) -> float | None:
+        """Return when the next lease runs out."""
+        return min((record.deadline for record in self._records.values() if record.live), default=None)
+
+    def members(self) -> list[Member]:
+        """Return what a dump keeps."""
+        return [
+            Member(
+                record.worker,
+                record.instance,
+                record.epoch,
+                record.settled_sequence,
+                record.settled.version if record.settled else 0,
+                record.live,
+            )
+            for record in self
+        ]
+
+    def restore(self, members: list[Member], now: float) -> None:
+        """Take over a dump's workers; those that were live get a fresh lease to come back in."""
+        for member in members:
+            settled = Settled(version=member.settled_version) if member.settled else None
+            self._records[member.worker] = WorkerRecord(
+                member.worker,
+                member.instance,
+                member.epoch,
+                now + self.lease_seconds,
+                live=member.live,
+                left=not member.live,
+                settled_sequence=member.settled,
+                settled=settled,
+            )
+
+    def rows(self, waiting: set[str], now: float) -> list[WorkerRow]:
+        """Return the workers for a description."""
+        return [
+            WorkerRow(
+                record.worker,
+                _standing(record, waiting),
+                record.version,
+                record.epoch,
+                record.contributions,
+                record.abstentions,
+                record.stale,
+                record.deadline - now,
+            )
+            for record in self
+        ]
+
+
+def _standing(record: WorkerRecord, waiting: set[str]) -> str:
+    if record.live:
+        return "waiting" if record.worker in waiting else "computing"
+    return "left" if record.left else "expired"

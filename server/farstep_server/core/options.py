@@ -1,0 +1,102 @@
+"""Options of param groups: what changed, and whether workers agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from farstep_wire.errors import Applied, MismatchError
+from farstep_wire.plain import frozen_value, same_value
+
+GroupEdits = dict[int, tuple[dict[str, Any], tuple[str, ...]]]
+"""By group: what is set, and which options are gone."""
+
+_GONE = object()
+
+
+def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group's options without its parameters."""
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def frozen_options(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return copies of all groups' options that later changes do not reach."""
+    return [{key: frozen_value(value) for key, value in options_of(group).items()} for group in optimizer.param_groups]
+
+
+def apply_edits(optimizer: Optimizer, edits: GroupEdits) -> None:
+    """Set and remove options."""
+    for number, (changed, removed) in edits.items():
+        group = optimizer.param_groups[number]
+        for key in removed:
+            group.pop(key, None)
+        for key, value in changed.items():
+            current = group.get(key)
+            if isinstance(current, Tensor) and isinstance(value, Tensor):
+                value = value.to(current.device)
+            group[key] = value
+
+
+def difference(before: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> GroupEdits:
+    """Return the edits that turn the options ``before`` into those of ``groups``."""
+    edits: GroupEdits = {}
+    for number, (old, group) in enumerate(zip(before, groups, strict=True)):
+        changed = {
+            key: frozen_value(value)
+            for key, value in group.items()
+            if key != "params" and not same_value(old.get(key, _GONE), value)
+        }
+        removed = tuple(key for key in old if key not in group)
+        if changed or removed:
+            edits[number] = (changed, removed)
+    return edits
+
+
+def agreed_edits(optimizer: Optimizer, edits: Mapping[str, GroupEdits]) -> GroupEdits:
+    """Return the edits that all workers of a round make; MismatchError names the option and two workers' values.
+
+    A worker that sends no edit of an option has the value that the server has.
+    """
+    if len(edits) == 1:
+        return next(iter(edits.values()))
+    touched = {
+        (number, key)
+        for own in edits.values()
+        for number, (changed, removed) in own.items()
+        for key in (*changed, *removed)
+    }
+    for number, key in sorted(touched):
+        current = optimizer.param_groups[number].get(key, _GONE)
+        values = {worker: _effective(own, number, key, current) for worker, own in edits.items()}
+        (first, value), *others = values.items()
+        for worker, other in others:
+            if not same_value(value, other):
+                raise MismatchError(
+                    f"workers disagree on param_groups[{number}][{key!r}]: worker {first} has {_show(value)}, "
+                    f"worker {worker} has {_show(other)}. Set the same value on each worker and step again",
+                    applied=Applied.NO,
+                )
+    return _merge(edits)
+
+
+def _merge(edits: Mapping[str, GroupEdits]) -> GroupEdits:
+    merged: GroupEdits = {}
+    for own in edits.values():
+        for number, (changed, removed) in own.items():
+            values, gone = merged.get(number, ({}, ()))
+            merged[number] = ({**values, **changed}, tuple(dict.fromkeys((*gone, *removed))))
+    return merged
+
+
+def _effective(edits: GroupEdits, number: int, key: str, current: object) -> object:
+    changed, removed = edits.get(number, ({}, ()))
+    if key in removed:
+        return _GONE
+    return changed.get(key, current)
+
+
+def _show(value: object) -> str:
+    return "no such option" if value is _GONE else repr(value)

@@ -1,0 +1,126 @@
+"""The parameters of a hosted optimizer: one arena, the views in it, and what readers of it see.
+
+A reply carries the parameters of one version, but is sent while the owner may already step to the next. Readers therefore
+hold a ``ParameterReader``; before the owner writes, it calls ``before_write``, which moves readers that have not finished
+onto a copy. Where all have finished, which is the rule under Sync, nothing is copied.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Sequence
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from farstep_wire.layout import Layout
+
+
+def tensor_memory(buffer: Tensor) -> memoryview:
+    """Return the bytes of a uint8 CPU buffer. The caller keeps the buffer alive."""
+    if buffer.numel() == 0:
+        return memoryview(b"")
+    return memoryview((ctypes.c_char * buffer.numel()).from_address(buffer.data_ptr())).cast("B")
+
+
+class ParameterReader:
+    """The bytes of the parameters at one version, to be read in ranges by another thread."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self.nbytes = buffer.numel()
+        self._buffer: Tensor | None = buffer
+        self._lock = threading.Lock()
+
+    def join(self, prefix: Sequence[bytes], start: int, stop: int) -> bytes:
+        """Return the prefix and a range of the bytes as one; the last range ends the reading."""
+        with self._lock:
+            assert self._buffer is not None, "read after its end"
+            result = b"".join((*prefix, tensor_memory(self._buffer)[start:stop]))
+            if stop == self.nbytes:
+                self._buffer = None
+        return result
+
+    def close(self) -> None:
+        """End the reading early."""
+        with self._lock:
+            self._buffer = None
+
+    def move_to(self, copy: Tensor) -> None:
+        """Read on from a copy of the buffer."""
+        with self._lock:
+            if self._buffer is not None:
+                self._buffer = copy
+
+    @property
+    def open(self) -> bool:
+        """Whether bytes are still to be read."""
+        return self._buffer is not None
+
+
+class ParameterStore:
+    """The arena on its device, and on the host where that is another."""
+
+    def __init__(self, layout: Layout, device: torch.device, contents: Tensor) -> None:
+        self.layout = layout
+        self.device = device
+        self.buffer = contents.to(device) if device.type != "cpu" else contents
+        self.tensors = [torch.nn.Parameter(view) for view in layout.views(self.buffer)]
+        self._host = contents
+        self._host_is_current = True
+        self._readers: WeakSet[ParameterReader] = WeakSet()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arena."""
+        return self.buffer.numel()
+
+    def reader(self) -> ParameterReader:
+        """Return a reader of the parameters as they stand."""
+        reader = ParameterReader(self.host())
+        self._readers.add(reader)
+        return reader
+
+    def host(self) -> Tensor:
+        """Return the arena's bytes on the host as they stand; the owner must not keep it over a write."""
+        if not self._host_is_current:
+            self._detach_readers()
+            self._host.copy_(self.buffer)
+            self._host_is_current = True
+        return self._host
+
+    def before_write(self) -> None:
+        """Must be called before the parameters change."""
+        if self.device.type == "cpu":
+            self._detach_readers()
+        else:
+            self._host_is_current = False
+
+    def _detach_readers(self) -> None:
+        unfinished = [reader for reader in self._readers if reader.open]
+        if unfinished:
+            copy = self._host.clone()
+            for reader in unfinished:
+                reader.move_to(copy)
+        self._readers.clear()
+
+    def write(self, contents: Tensor) -> None:
+        """Replace all parameters by the bytes of another arena of the same layout."""
+        self.before_write()
+        self.buffer.copy_(contents)
+
+    def extended(self, layout: Layout, group: Layout, contents: Tensor) -> ParameterStore:
+        """Return a store for the layout with one more group, whose own arena is ``contents`` on the host.
+
+        The tensors that are there already keep their identity; the old store must not be used afterwards.
+        """
+        self.before_write()
+        arena = torch.zeros(layout.arena.nbytes, dtype=torch.uint8)
+        for target, source in zip(layout.views(arena), [*self.tensors, *group.views(contents)], strict=True):
+            target.copy_(source.detach())
+        larger = ParameterStore(layout, self.device, arena)
+        for old, new in zip(self.tensors, larger.tensors, strict=False):
+            old.data = new.data
+        larger.tensors = self.tensors + larger.tensors[len(self.tensors) :]
+        return larger

@@ -1,0 +1,125 @@
+"""The owner of a hosted optimizer: the one thread that mutates it, fed by a queue."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from farstep_server.core import events as ev
+from farstep_server.core.hosted import HostedOptimizer
+from farstep_server.logs import log_event
+from farstep_wire.errors import DeadlineError, FarstepError, InternalError, RemovedError
+
+_LOGGER = logging.getLogger(__name__)
+
+ReplyKind = TypeVar("ReplyKind")
+
+
+class FutureTicket:
+    """A ticket whose holder waits for the reply."""
+
+    def __init__(self) -> None:
+        self._replies: queue.SimpleQueue[ev.Reply] = queue.SimpleQueue()
+
+    def deliver(self, reply: ev.Reply) -> None:
+        """Take the answer."""
+        self._replies.put(reply)
+
+    def result(self, timeout_seconds: float) -> ev.Reply:
+        """Wait for the answer; DeadlineError where none comes in time, a refusal is raised."""
+        try:
+            reply = self._replies.get(timeout=timeout_seconds)
+        except queue.Empty:
+            raise DeadlineError(f"the hosted optimizer was busy for more than {timeout_seconds:g} s") from None
+        if isinstance(reply, ev.Refusal):
+            raise reply.error
+        return reply
+
+
+class Owner:
+    """Runs one hosted optimizer until it is stopped or abandoned; ``on_end`` is told, on the owner's thread."""
+
+    def __init__(self, hosted: HostedOptimizer, on_end: Callable[[Owner], None]) -> None:
+        self.hosted = hosted
+        self.name = hosted.identity.name
+        self.changed = threading.Condition()
+        self._on_end = on_end
+        self._queue: queue.SimpleQueue[ev.Event] = queue.SimpleQueue()
+        self._ended = False
+        self._error: FarstepError = RemovedError(f"{self.name!r} is no longer hosted here")
+        self._posting = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name=f"farstep-owner:{self.name}", daemon=True)
+        self._thread.start()
+
+    def post(self, event: ev.Event) -> None:
+        """Hand over an event; after the end it is refused at once."""
+        with self._posting:
+            if not self._ended:
+                self._queue.put(event)
+                return
+        self._refuse(event)
+
+    def ask(self, make: Callable[[ev.Ticket], ev.Event], kind: type[ReplyKind], timeout_seconds: float) -> ReplyKind:
+        """Post an event and wait for its reply."""
+        ticket = FutureTicket()
+        self.post(make(ticket))
+        reply = ticket.result(timeout_seconds)
+        assert isinstance(reply, kind), f"{type(reply).__name__} where {kind.__name__} was due"
+        return reply
+
+    def stop(self, error: FarstepError, timeout_seconds: float) -> None:
+        """Refuse all that waits with the error, end the thread, and wait for it."""
+        self._error = error
+        self.post(ev.Stop(FutureTicket(), error))
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout_seconds)
+
+    def _run(self) -> None:
+        stopped = False
+        while not stopped and not self.hosted.abandoned:
+            event = self._next_event()
+            self._handle(event)
+            stopped = isinstance(event, ev.Stop)
+        with self._posting:
+            self._ended = True
+        while not self._queue.empty():
+            self._refuse(self._queue.get())
+        self._on_end(self)
+
+    def _next_event(self) -> ev.Event:
+        deadline = self.hosted.next_deadline()
+        if deadline is None:
+            return self._queue.get()
+        try:
+            return self._queue.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            return ev.Tick()
+
+    def _handle(self, event: ev.Event) -> None:
+        version = self.hosted.version
+        try:
+            replies = self.hosted.handle(event, time.monotonic())
+        except Exception as error:
+            _LOGGER.exception("event=handler_failed name=%s kind=%s", self.name, type(event).__name__)
+            self._refuse(event, InternalError(f"{type(error).__name__}: {error}"))
+            return
+        for ticket, reply in replies:
+            ticket.deliver(reply)
+        if self.hosted.version != version or isinstance(event, (ev.Join, ev.Leave, ev.Restore, ev.Tick)):
+            self._notify(event)
+
+    def _notify(self, event: ev.Event) -> None:
+        with self.changed:
+            self.changed.notify_all()
+        if isinstance(event, (ev.Join, ev.Leave)):
+            fields = {"name": self.name, "worker": event.worker, "version": self.hosted.version}
+            log_event(_LOGGER, logging.INFO, f"worker_{type(event).__name__.lower()}", **fields)
+
+    def _refuse(self, event: ev.Event, error: FarstepError | None = None) -> None:
+        ticket = getattr(event, "ticket", None)
+        if ticket is not None:
+            ticket.deliver(ev.Refusal(error or self._error))

@@ -1,0 +1,82 @@
+"""Replies of the core as frames of the wire."""
+
+from __future__ import annotations
+
+from farstep_server.core import events as ev
+from farstep_wire import __version__
+from farstep_wire.bundle import BundleBody
+from farstep_wire.convert import edits_to_proto, failure_to_proto, policy_to_proto
+from farstep_wire.errors import FarstepError
+from farstep_wire.frames import EMPTY, BytesSource
+from farstep_wire.v1 import optimizer_pb2 as pb
+from farstep_wire.values import to_map, to_value
+
+_OUTCOMES = {
+    ev.Outcome.COMMITTED: pb.Stepped.OUTCOME_COMMITTED,
+    ev.Outcome.STALE: pb.Stepped.OUTCOME_STALE,
+    ev.Outcome.ROLLED_BACK: pb.Stepped.OUTCOME_ROLLED_BACK,
+    ev.Outcome.SKIPPED: pb.Stepped.OUTCOME_SKIPPED,
+}
+
+
+def encode_reply(request: int, reply: ev.Reply) -> tuple[pb.ServerFrame, BytesSource]:
+    """Return the frame and the bytes that answer a request."""
+    frame = pb.ServerFrame(request=request)
+    match reply:
+        case ev.StepReply():
+            frame.stepped.CopyFrom(_stepped(reply))
+            return frame, EMPTY if reply.parameters is None else reply.parameters
+        case ev.EvaluateReply():
+            frame.evaluate.number = reply.number
+            return frame, reply.parameters
+        case ev.ParametersReply():
+            frame.parameters.version, frame.parameters.incarnation = reply.version, reply.incarnation
+            return frame, reply.parameters
+        case ev.StateReply():
+            body = BundleBody(reply.state, "state")
+            frame.state.version, frame.state.incarnation = reply.version, reply.incarnation
+            frame.state.header_bytes = body.header_bytes
+            return frame, body
+        case ev.DoneReply():
+            frame.done.version, frame.done.incarnation = reply.version, reply.incarnation
+        case ev.Refusal():
+            return encode_failure(request, reply.error), EMPTY
+        case _:
+            raise AssertionError(f"{type(reply).__name__} is no reply of a session")
+    return frame, EMPTY
+
+
+def _stepped(reply: ev.StepReply) -> pb.Stepped:
+    return pb.Stepped(
+        outcome=_OUTCOMES[reply.outcome],
+        version=reply.version,
+        incarnation=reply.incarnation,
+        contributions=reply.contributions,
+        edits=edits_to_proto(reply.edits),
+        loss=None if reply.loss is None else to_value(reply.loss, "loss"),
+        parameters=reply.parameters is not None,
+        staleness=reply.staleness,
+    )
+
+
+def attached(reply: ev.JoinReply, outcome: pb.Attached.Outcome.ValueType) -> pb.Attached:
+    """Encode where a session stands."""
+    return pb.Attached(
+        outcome=outcome,
+        lineage=reply.lineage,
+        incarnation=reply.incarnation,
+        version=reply.version,
+        epoch=reply.epoch,
+        settled_sequence=reply.settled,
+        lease_ms=round(reply.lease_seconds * 1000),
+        groups=[to_map(group, f"param_groups[{number}]") for number, group in enumerate(reply.options)],
+        shards=[pb.Shard(parameters=reply.parameters)],
+        policy=policy_to_proto(reply.policy),
+        server_version=__version__,
+        device=reply.device,
+    )
+
+
+def encode_failure(request: int, error: FarstepError) -> pb.ServerFrame:
+    """Return the frame that refuses a request."""
+    return pb.ServerFrame(request=request, failure=failure_to_proto(error))

@@ -1,0 +1,150 @@
+"""Requests of a session: what a frame declares is checked before memory is taken, and what arrived becomes an event."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from google.protobuf.message import DecodeError
+from torch import Tensor
+
+from farstep_server.core import events as ev
+from farstep_server.core.gradients import Staged
+from farstep_server.core.parameters import tensor_memory
+from farstep_server.service.staging import StagingBuffers, new_buffer
+from farstep_wire.bundle import read_bundle
+from farstep_wire.convert import edited_from_proto, edits_from_proto, forms_from_proto, layout_from_proto
+from farstep_wire.errors import InvalidRequestError
+from farstep_wire.frames import BufferSink, Incoming
+from farstep_wire.layout import GradientPlan, Layout, plan_gradients
+from farstep_wire.v1 import common_pb2 as cpb
+from farstep_wire.v1 import optimizer_pb2 as pb
+from farstep_wire.values import from_value
+
+NO_LAYOUT = Layout((), ())
+
+
+@dataclass
+class Request:
+    """A request whose bytes are on their way into ``buffer``."""
+
+    frame: pb.ClientFrame
+    kind: str
+    buffer: Tensor
+    incoming: Incoming
+    layout: Layout
+    plan: GradientPlan | None = None
+
+    def event(self, ticket: ev.Ticket, worker: str) -> ev.Event:
+        """Return the event that the complete request stands for; ValueError or TypeError names a bad field."""
+        match self.kind:
+            case "contribution":
+                return self._contribution(ticket, worker, self.frame.contribution)
+            case "evaluation":
+                return self._evaluation(ticket, worker, self.frame.evaluation)
+            case "zero_grad":
+                return ev.ZeroGrad(ticket, worker, self.frame.zero_grad.epoch)
+            case "pull":
+                return ev.ReadParameters(ticket, worker)
+            case "get_state":
+                return ev.ReadState(ticket, edited_from_proto(self.frame.get_state.parameters, self.layout))
+            case "load_state":
+                return self._load_state(ticket, worker, self.frame.load_state)
+            case "add_param_group":
+                return self._add_group(ticket, worker, self.frame.add_param_group)
+        raise InvalidRequestError(f"{self.kind} is no request of a session")
+
+    def _contribution(self, ticket: ev.Ticket, worker: str, message: pb.Contribution) -> ev.Contribution:
+        if not math.isfinite(message.num_samples) or message.num_samples < 0:
+            raise ValueError(f"num_samples must be positive and finite, not {message.num_samples}")
+        return ev.Contribution(
+            ticket,
+            worker,
+            message.epoch,
+            message.sequence,
+            message.version,
+            message.incarnation,
+            None if self.plan is None or message.abstain else Staged(self.plan, self.buffer),
+            edits_from_proto(message.edits, len(self.layout.group_sizes)),
+            message.abstain,
+            message.closure,
+            message.num_samples or None,
+            message.omit_parameters,
+        )
+
+    def _evaluation(self, ticket: ev.Ticket, worker: str, message: pb.Evaluation) -> ev.Evaluation:
+        staged = None if self.plan is None else Staged(self.plan, self.buffer)
+        loss = None if message.error else from_value(message.loss, "loss")
+        return ev.Evaluation(
+            ticket, worker, message.epoch, message.sequence, message.number, loss, staged, message.error
+        )
+
+    def _load_state(self, ticket: ev.Ticket, worker: str, message: pb.LoadState) -> ev.LoadState:
+        tree = read_bundle(self.buffer, message.header_bytes, "load_state")
+        if not isinstance(tree, dict) or tree.keys() != {"state", "groups"}:
+            raise ValueError("load_state: the bundle must hold 'state' and 'groups'")
+        state, groups = tree["state"], tree["groups"]
+        if not isinstance(groups, list) or len(groups) != len(self.layout.group_sizes):
+            raise ValueError(f"load_state: 'groups' must be a list of {len(self.layout.group_sizes)} groups")
+        if not all(isinstance(entry, list) and len(entry) == 2 for entry in state):
+            raise ValueError("load_state: each entry of 'state' must be a pair of key and entries")
+        for key, _ in state:
+            if isinstance(key, int) and not 0 <= key < len(self.layout.parameters):
+                raise ValueError(f"load_state: state of parameter {key}; there are {len(self.layout.parameters)}")
+        return ev.LoadState(ticket, worker, message.epoch, message.sequence, [(key, value) for key, value in state], groups)
+
+    def _add_group(self, ticket: ev.Ticket, worker: str, message: pb.AddParamGroup) -> ev.AddGroup:
+        layout, options = read_layout(self.buffer[: message.layout_bytes])
+        contents = self.buffer[message.layout_bytes :]
+        if len(options) != 1 or contents.numel() != layout.arena.nbytes:
+            raise ValueError(
+                f"add_param_group: one group and {layout.arena.nbytes} bytes of parameters are due; "
+                f"{len(options)} groups and {contents.numel()} bytes came"
+            )
+        self.layout.extended(layout)
+        return ev.AddGroup(ticket, worker, message.epoch, message.sequence, layout, options[0], contents.clone())
+
+
+def read_layout(buffer: Tensor) -> tuple[Layout, list[dict[str, object]]]:
+    """Decode a serialized Layout; ValueError names the field."""
+    try:
+        return layout_from_proto(cpb.Layout.FromString(bytes(tensor_memory(buffer))))
+    except DecodeError as error:
+        raise ValueError(f"the layout of {buffer.numel()} bytes cannot be read: {error}") from None
+
+
+class Decoder:
+    """Begins requests: says where their bytes go, or refuses them before any memory is taken."""
+
+    def __init__(self, limit_bytes: int, *, pinned: bool) -> None:
+        self._limit_bytes = limit_bytes
+        self._staging = StagingBuffers(limit_bytes, pinned=pinned)
+
+    def begin(self, frame: pb.ClientFrame, layout: Layout) -> Request:
+        """Return the request that a frame begins; InvalidRequestError or ResourceExhaustedError where it cannot be."""
+        kind = frame.WhichOneof("body") or ""
+        try:
+            plan = self._plan(frame, kind, layout)
+        except ValueError as error:
+            raise InvalidRequestError(f"{kind}: {error}") from None
+        expected = None if plan is None else plan.nbytes
+        if kind == "upload":
+            expected = layout.arena.nbytes
+        if expected is not None and frame.total_bytes != expected:
+            raise InvalidRequestError(f"{kind}: {frame.total_bytes} bytes are declared, the layout takes {expected}")
+        if plan is None:
+            buffer = new_buffer(frame.total_bytes, self._limit_bytes)
+        else:
+            buffer = self._staging.take(plan.nbytes)
+        incoming = Incoming(frame.total_bytes, BufferSink(tensor_memory(buffer)))
+        return Request(frame, kind, buffer, incoming, layout, plan)
+
+    def _plan(self, frame: pb.ClientFrame, kind: str, layout: Layout) -> GradientPlan | None:
+        if kind == "contribution":
+            message = frame.contribution
+            edited = edited_from_proto(message.edited_parameters, layout)
+            none = message.abstain or message.closure
+            return plan_gradients(layout, forms_from_proto(message.forms, layout), edited, no_gradients=none)
+        if kind == "evaluation" and not frame.evaluation.error:
+            return plan_gradients(layout, forms_from_proto(frame.evaluation.forms, layout))
+        return None

@@ -1,0 +1,260 @@
+"""One worker's session: a reader that turns frames into events, and a writer that turns replies into frames.
+
+The reader runs on a thread of its own, so that heartbeats and a client's departure are seen while a round is awaited. The
+gRPC handler's thread is the writer: it waits on the outbox and yields frames. The outbox is closed by whichever side ends
+first, so neither can wait for the other.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from farstep_server.core import events as ev
+from farstep_server.core.parameters import ParameterReader
+from farstep_server.hosting.directory import Blueprint, Directory
+from farstep_server.hosting.owner import Owner
+from farstep_server.service.encoding import attached, encode_reply
+from farstep_server.service.requests import NO_LAYOUT, Decoder, Request, read_layout
+from farstep_wire.address import check_name
+from farstep_wire.convert import policy_from_proto
+from farstep_wire.errors import FarstepError, InternalError, InvalidRequestError, ProtocolError
+from farstep_wire.frames import Incoming, NullSink, decode, encode
+from farstep_wire.layout import Layout
+from farstep_wire.limits import OLDEST_PROTOCOL, PROTOCOL, WORKER_BYTES
+from farstep_wire.v1 import optimizer_pb2 as pb
+from farstep_wire.values import from_map
+
+_LOGGER = logging.getLogger(__name__)
+_JOIN_SECONDS = 60.0
+_LONGEST_WAIT_SECONDS = 3600.0
+_ON_EXISTING = {
+    pb.ON_EXISTING_UNSPECIFIED: "attach",
+    pb.ON_EXISTING_ATTACH: "attach",
+    pb.ON_EXISTING_ERROR: "error",
+    pb.ON_EXISTING_REPLACE: "replace",
+}
+
+Outbox = queue.SimpleQueue[tuple[pb.ServerFrame, None] | tuple[int, ev.Reply] | None]
+
+
+class SessionTicket:
+    """Puts the reply to one request into the session's outbox."""
+
+    def __init__(self, outbox: Outbox, request: int) -> None:
+        self._outbox = outbox
+        self._request = request
+
+    def deliver(self, reply: ev.Reply) -> None:
+        """Take the answer."""
+        self._outbox.put((self._request, reply))
+
+
+@dataclass(frozen=True)
+class _Creation:
+    """A name that this session has reserved."""
+
+    blueprint: Blueprint
+    attach: pb.Attach
+
+
+@dataclass(frozen=True)
+class _Seat:
+    """Where this session is attached."""
+
+    owner: Owner
+    worker: str
+    epoch: int
+
+
+class Session:
+    """One stream. ``frames`` runs on the handler's thread until the stream ends."""
+
+    def __init__(self, directory: Directory, requests: Iterator[bytes], is_active: Callable[[], bool]) -> None:
+        self._directory = directory
+        self._requests = requests
+        self._is_active = is_active
+        self._outbox: Outbox = queue.SimpleQueue()
+        self._decoder = Decoder(directory.limit_bytes, pinned=directory.device.type == "cuda")
+        self._creation: _Creation | None = None
+        self._seat: _Seat | None = None
+        self._pending: Request | None = None
+        self._incoming: Incoming | None = None
+        self._number = 0
+
+    def frames(self) -> Iterator[bytes]:
+        """Yield the frames of the replies, each as soon as it is there."""
+        threading.Thread(target=self._read, name="farstep-session", daemon=True).start()
+        while (item := self._outbox.get()) is not None:
+            first, reply = item
+            if isinstance(first, pb.ServerFrame):
+                yield first.SerializeToString()
+                continue
+            assert reply is not None, "a numbered item has a reply"
+            frame, body = encode_reply(first, reply)
+            try:
+                yield from encode(frame, body)
+            finally:
+                if isinstance(body, ParameterReader):
+                    body.close()
+
+    def close(self) -> None:
+        """End the session; may be called from any thread, and more than once."""
+        self._outbox.put(None)
+
+    # The reader.
+
+    def _read(self) -> None:
+        try:
+            for data in self._requests:
+                if not self._take(data):
+                    break
+        except Exception as error:
+            if self._is_active():
+                _LOGGER.exception("event=session_failed")
+                self._refuse(InternalError(f"{type(error).__name__}: {error}"))
+        finally:
+            if self._creation is not None:
+                self._directory.release(self._creation.blueprint.name, self._creation.attach.worker)
+            self.close()
+
+    def _take(self, data: bytes) -> bool:
+        """Take one frame; return whether the session goes on. A malformed frame ends it, a refused request does not."""
+        try:
+            frame, payload = decode(pb.ClientFrame, data)
+            begins = frame.WhichOneof("body") is not None
+            if begins == (self._incoming is not None):
+                problem = "begins a request before the last one is whole" if begins else "continues no request"
+                raise InvalidRequestError(f"request {frame.request}: a frame {problem}")
+            if begins:
+                self._begin(frame)
+            assert self._incoming is not None, "a request is under way"
+            self._incoming.take(frame.offset, payload)
+        except FarstepError as error:
+            self._refuse(error)
+            return False
+        if self._incoming.complete:
+            request, self._pending, self._incoming = self._pending, None, None
+            if request is not None:
+                self._guarded(request)
+        return True
+
+    def _begin(self, frame: pb.ClientFrame) -> None:
+        self._number = frame.request
+        try:
+            self._pending = self._decoder.begin(frame, self._layout())
+            self._incoming = self._pending.incoming
+        except FarstepError as error:
+            # The rest of the refused request's bytes is on its way; it is read and dropped.
+            self._refuse(error)
+            self._incoming = Incoming(frame.total_bytes, NullSink())
+
+    def _layout(self) -> Layout:
+        if self._seat is not None:
+            return self._seat.owner.hosted.engine.layout
+        return NO_LAYOUT if self._creation is None else self._creation.blueprint.layout
+
+    def _refuse(self, error: FarstepError) -> None:
+        self._outbox.put((self._number, ev.Refusal(error)))
+
+    def _guarded(self, request: Request) -> None:
+        try:
+            self._dispatch(request)
+        except FarstepError as error:
+            self._refuse(error)
+        except (ValueError, TypeError) as error:
+            self._refuse(InvalidRequestError(f"{request.kind}: {error}"))
+
+    def _dispatch(self, request: Request) -> None:
+        if request.kind == "attach":
+            self._on_attach(request, request.frame.attach)
+        elif request.kind == "upload":
+            self._on_upload(request)
+        elif self._seat is None:
+            raise InvalidRequestError(f"{request.kind} before the session is attached")
+        else:
+            self._post(request, self._seat)
+
+    def _post(self, request: Request, seat: _Seat) -> None:
+        if request.kind == "heartbeat":
+            seat.owner.post(ev.Touch(seat.worker, seat.epoch))
+            return
+        ticket = SessionTicket(self._outbox, self._number)
+        if request.kind == "leave":
+            seat.owner.post(ev.Leave(ticket, seat.worker, seat.epoch))
+        else:
+            seat.owner.post(request.event(ticket, seat.worker))
+
+    # Attaching.
+
+    def _on_attach(self, request: Request, attach: pb.Attach) -> None:
+        if self._seat is not None or self._creation is not None:
+            raise InvalidRequestError("attach in a session that is attached")
+        _check_protocol(attach)
+        blueprint = _blueprint(request, attach)
+        self._directory.entry(blueprint.optimizer)
+        if attach.lineage:
+            owner: Owner | None = self._directory.find_again(blueprint.name)
+        else:
+            wait = min(attach.wait_ms / 1000, _LONGEST_WAIT_SECONDS)
+            on_existing = _ON_EXISTING.get(attach.on_existing, "attach")
+            owner = self._directory.find_or_reserve(blueprint, attach.worker, on_existing, wait, self._is_active)
+        if owner is None:
+            self._creation = _Creation(blueprint, attach)
+            frame = pb.ServerFrame(
+                request=self._number, attached=pb.Attached(outcome=pb.Attached.OUTCOME_UPLOAD)
+            )
+            self._outbox.put((frame, None))
+        else:
+            self._join(owner, blueprint, attach, None)
+
+    def _on_upload(self, request: Request) -> None:
+        if self._creation is None:
+            raise InvalidRequestError("upload where no creation was begun")
+        creation, self._creation = self._creation, None
+        owner = self._directory.create(creation.blueprint, creation.attach.worker, request.buffer)
+        self._join(owner, creation.blueprint, creation.attach, pb.Attached.OUTCOME_CREATED)
+
+    def _join(
+        self, owner: Owner, blueprint: Blueprint, attach: pb.Attach, outcome: pb.Attached.Outcome.ValueType | None
+    ) -> None:
+        def event(ticket: ev.Ticket) -> ev.Join:
+            return ev.Join(
+                ticket, attach.worker, attach.instance, blueprint.policy, blueprint.layout, blueprint.options,
+                blueprint.optimizer, attach.lineage,
+            )  # fmt: skip
+
+        reply = owner.ask(event, ev.JoinReply, _JOIN_SECONDS)
+        self._seat = _Seat(owner, attach.worker, reply.epoch)
+        joined = pb.Attached.OUTCOME_RESUMED if reply.resumed else pb.Attached.OUTCOME_JOINED
+        frame = pb.ServerFrame(request=self._number, attached=attached(reply, joined if outcome is None else outcome))
+        self._outbox.put((frame, None))
+
+
+def _check_protocol(attach: pb.Attach) -> None:
+    if not OLDEST_PROTOCOL <= attach.protocol <= PROTOCOL:
+        raise ProtocolError(
+            f"the client ({attach.client_version or 'unknown release'}) speaks protocol revision {attach.protocol}; this "
+            f"server serves {OLDEST_PROTOCOL} to {PROTOCOL}. Install the same farstep release on both sides"
+        )
+
+
+def _blueprint(request: Request, attach: pb.Attach) -> Blueprint:
+    if not attach.worker or len(attach.worker.encode()) > WORKER_BYTES or not attach.instance:
+        raise InvalidRequestError(f"attach: worker {attach.worker!r} must be 1 to {WORKER_BYTES} bytes, with an instance")
+    layout, options = read_layout(request.buffer)
+    if not layout.parameters:
+        raise InvalidRequestError("attach: the layout has no parameters")
+    return Blueprint(
+        check_name(attach.name),
+        attach.optimizer,
+        from_map(attach.arguments, "arguments"),
+        layout,
+        options,
+        policy_from_proto(attach.policy),
+        attach.ephemeral,
+    )
+
