@@ -55,12 +55,12 @@ format: venv ## Put the code into style
 
 protos: venv ## Generate the stubs anew from the protos
 	@rm -f $(STUBS)/*_pb2*.py $(STUBS)/*_pb2*.pyi
-	@$(call generate,proto)
+	@$(call calm,$(call generate,proto))
 
 check-protos: venv ## Check that the stubs are those of the protos
 	@echo '== generated stubs'
-	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && trap 'exit 130' INT TERM && \
-		$(call generate,"$$fresh") && \
+	@fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; trap 'exit 130' INT TERM; \
+		{ $(call generate,"$$fresh"); } >"$$fresh/said" 2>&1 || { cat "$$fresh/said" >&2; exit 1; }; \
 		diff -r -x '*.proto' -x __init__.py -x __pycache__ "$$fresh/farstep_wire/v1" $(STUBS) \
 		|| { echo 'the stubs differ from the protos: run `make protos` and commit what it changes' >&2; exit 1; }
 
@@ -83,6 +83,13 @@ $(PROTOC) --python_out=$(1) --mypy_out=quiet:$(1) $(PROTOS) && \
 $(PROTOC) --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) $(SERVICE_PROTOS)
 endef
 
+# $(call calm,COMMAND): shows what the command says on stderr once it is over, and nothing of it after a Ctrl-C, when that
+# is a stack trace.
+define calm
+said=$$(mktemp); trap 'rm -f "$$said"' EXIT; trap 'exit 130' INT TERM; \
+{ $(1); } 2>"$$said" || { cat "$$said" >&2; exit 1; }
+endef
+
 # Found only when it is needed; a name that is there may still not run (a version manager's shim).
 define find_python
 py='$(PYTHON)'; \
@@ -95,12 +102,13 @@ done; \
 endef
 
 $(VENV)/bin/python:
-	@$(find_python); echo "== $(VENV), with $$("$$py" --version)"; "$$py" -m venv $(VENV)
+	@$(find_python); echo "== $(VENV), with $$("$$py" --version)"; \
+		$(call calm,"$$py" -m venv $(VENV))
 
 # torch first and by itself: what comes after then takes the build that is there.
 $(DEMO_STAMP): | $(VENV)/bin/python
 	@echo '== install torch'
-	@$(PIP) torch
+	@if $(PY) -c 'import torch' 2>/dev/null; then $(PIP) --quiet torch; else $(PIP) torch; fi
 	@echo '== install farstep with what the demo needs'
 	@$(PIP) --quiet -e '.[demo]'
 	@rm -f $(VENV)/.farstep-*; touch $@
