@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,7 +64,8 @@ def test_the_server_starts_without_a_shell_and_listens_where_the_server_does_by_
 
 def test_the_server_has_a_health_check_and_a_volume_that_its_user_owns() -> None:
     server = STAGES["server"]
-    assert "farstep doctor" in server.of("HEALTHCHECK")[0]
+    check = json.loads(server.of("HEALTHCHECK")[0].partition("CMD ")[2])
+    assert check[:2] == ["farstep", "doctor"]
     [volume] = server.of("VOLUME")
     assert any(f"install -d -o farstep -g farstep -m 0700 {volume}" in command for command in server.of("RUN"))
 
@@ -184,11 +186,13 @@ def test_compose_workers_wait_for_a_server_that_can_say_it_is_healthy() -> None:
     assert stage_of(SERVICES["server"]).of("HEALTHCHECK")
 
 
-def test_compose_passes_only_flags_that_the_server_has() -> None:
+def test_the_server_has_every_flag_and_variable_that_is_set_for_it() -> None:
     command = [sys.executable, "-m", "farstep_server", "--help"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     flags = [argument for argument in SERVICES["server"]["command"] if argument.startswith("--")]
-    assert [flag for flag in flags if flag not in said] == []
+    variables = re.findall(r"FARSTEP_\w+", " ".join(STAGES["server"].of("ENV")))
+    assert (flags, variables) == (["--listen", "--insecure"], ["FARSTEP_DATA_DIR"])
+    assert [name for name in flags + variables if name not in said] == []
 
 
 def compose_is_here() -> bool:
