@@ -1,4 +1,7 @@
-"""Addresses of servers and hosted optimizers, as users write them."""
+"""Addresses of servers and hosted optimizers, as users write them.
+
+A name follows a host and port behind ``/``. A unix socket's path holds slashes itself, so there it follows behind ``#``.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from farstep_wire.limits import NAME_BYTES
 DEFAULT_PORT = 50051
 
 _HOST_PORT = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):(?P<port>\d{1,5})")
-_EXPECTED = '"[grpc://|grpcs://]host:port[/name]" or "unix:PATH"'
+_EXPECTED = '"[grpc://|grpcs://]host:port[/name]" or "unix:PATH[#name]"'
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Address:
 
     def __str__(self) -> str:
         scheme = "grpcs://" if self.tls else ""
-        return f"{scheme}{self.target}" + (f"/{self.name}" if self.name else "")
+        separator = "#" if self.is_unix else "/"
+        return f"{scheme}{self.target}" + (f"{separator}{self.name}" if self.name else "")
 
 
 def parse_address(text: str) -> Address:

@@ -227,5 +227,6 @@ class Incoming:
             raise InvalidRequestError(f"bytes {offset} to {end} run past the declared {self._total} bytes")
         if not payload and not self.complete:
             raise InvalidRequestError(f"an empty frame where byte {self._received} of {self._total} is next")
-        self._sink.write(offset, payload)
+        if payload:
+            self._sink.write(offset, payload)
         self._received = end

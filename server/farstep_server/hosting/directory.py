@@ -73,6 +73,7 @@ class Directory:
         self.draining = False
         self._owners: dict[str, Owner] = {}
         self._reservations: dict[str, _Reservation] = {}
+        self._sessions = 0
         self._changed = threading.Condition()
 
     # Reading.
@@ -274,16 +275,21 @@ class Directory:
             self.draining = True
             self._changed.notify_all()
 
-    def wait_until_left(self, timeout_seconds: float) -> bool:
-        """Wait until no hosted optimizer has a live worker; return whether that came to be."""
-        deadline = time.monotonic() + timeout_seconds
+    def session_opened(self) -> None:
+        """Count a session in."""
         with self._changed:
-            while any(owner.hosted.live_workers() for owner in self._owners.values()):
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return False
-                self._changed.wait(min(left, 0.05))
-        return True
+            self._sessions += 1
+
+    def session_closed(self) -> None:
+        """Count a session out."""
+        with self._changed:
+            self._sessions -= 1
+            self._changed.notify_all()
+
+    def wait_until_left(self, timeout_seconds: float) -> bool:
+        """Wait until no session is open; return whether that came to be."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._sessions == 0, timeout_seconds)
 
     def stop_all(self, error: FarstepError) -> None:
         """End every owner; all that waits is refused with the error."""

@@ -87,6 +87,7 @@ class Session:
 
     def frames(self) -> Iterator[bytes]:
         """Yield the frames of the replies, each as soon as it is there."""
+        self._directory.session_opened()
         threading.Thread(target=self._read, name="farstep-session", daemon=True).start()
         while (item := self._outbox.get()) is not None:
             first, reply = item
@@ -119,6 +120,7 @@ class Session:
         finally:
             if self._creation is not None:
                 self._directory.release(self._creation.blueprint.name, self._creation.attach.worker)
+            self._directory.session_closed()
             self.close()
 
     def _take(self, data: bytes) -> bool:

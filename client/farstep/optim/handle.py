@@ -1,0 +1,104 @@
+"""``opt.remote``: everything about a hosted optimizer that torch's own surface has no place for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from farstep import inspection
+from farstep.inspection import Description, SnapshotInfo
+from farstep.session.session import Session
+
+
+class RemoteHandle:
+    """A view of the hosted optimizer behind a proxy. Cheap to make; holds no state of its own."""
+
+    def __init__(self, session: Session, groups: list[dict[str, Any]]) -> None:
+        self._session = session
+        self._groups = groups
+
+    def __repr__(self) -> str:
+        return f"<{self.name!r} at {self.address}, version {self.version}, worker {self.worker}>"
+
+    @property
+    def name(self) -> str:
+        """The hosted optimizer's name on its server."""
+        return self._session.name
+
+    @property
+    def address(self) -> str:
+        """The server's address."""
+        return str(self._session.address)
+
+    @property
+    def worker(self) -> str:
+        """This worker's id."""
+        return self._session.worker
+
+    @property
+    def version(self) -> int:
+        """The version of the parameters that this worker holds: the number of steps committed when it received them."""
+        return self._session.link.standing.version
+
+    @property
+    def lineage(self) -> str:
+        """The hosted optimizer's identity, kept across restarts of its server."""
+        return self._session.link.standing.lineage
+
+    @property
+    def incarnation(self) -> int:
+        """Which life of the hosted optimizer; a rollback starts a new one."""
+        return self._session.link.standing.incarnation
+
+    @property
+    def device(self) -> str:
+        """The device on the server that holds the parameters, such as ``cuda:0``."""
+        return self._session.link.standing.device
+
+    def pull(self) -> int:
+        """Overwrite the local parameters with the server's; return their version."""
+        return self._session.pull()
+
+    def skip(self) -> bool:
+        """Tell the server that this worker has no gradients for this round; take over what the others made of it.
+
+        Returns whether a step was applied: False where all workers of the round skipped it.
+        """
+        return self._session.step(self._groups, abstain=True).applied
+
+    def state(self, parameter: Tensor) -> dict[str, Any]:
+        """Return the optimizer state of one parameter, fetched from the server, tensors on the CPU.
+
+        LookupError: the parameter is in no param group.
+        """
+        parameters = [p for group in self._groups for p in group["params"]]
+        index = next((number for number, own in enumerate(parameters) if own is parameter), None)
+        if index is None:
+            raise LookupError(f"a parameter of shape {tuple(parameter.shape)} that is in no param group has no state here")
+        for key, entries in self._session.get_state([index])[0]:
+            if key == index:
+                return dict(entries)
+        return {}
+
+    def describe(self, *, parameters: bool = False) -> Description:
+        """Return version, policy, workers and options as the server has them.
+
+        ``parameters``: also the table of parameters with norms, which makes the server read every tensor once.
+        """
+        session = self._session
+        with inspection.connect(session.address, session.remote.timeouts.seconds("step")) as server:
+            return server.describe(self.name, parameters=parameters)
+
+    def checkpoint(self, tag: str | None = None) -> SnapshotInfo:
+        """Have the server write a snapshot of the committed state; return once it is durable.
+
+        StorageError: the server was started without ``--data-dir``, or the snapshot could not be written.
+        """
+        session = self._session
+        with inspection.connect(session.address, session.remote.timeouts.seconds("step")) as server:
+            return server.save(self.name, tag)
+
+    def close(self) -> None:
+        """Leave the hosted optimizer. The next use of the optimizer attaches again."""
+        self._session.close()

@@ -1,0 +1,1 @@
+"""The session: what stands between the proxy optimizer and a transport. No grpc here."""

@@ -1,0 +1,256 @@
+"""Between a model's tensors and the arenas: layouts from parameters, bytes out of gradients, bytes into parameters.
+
+A dense CPU tensor is read and written where it lies. Everything else (another device, strides other than those of the
+layout) goes through a CPU tensor in the layout's own strides, one copy more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farstep.session.edits import EditDetector
+from farstep_wire.frames import Body, ScatterSink
+from farstep_wire.layout import (
+    GradientForm,
+    GradientPlan,
+    Layout,
+    ParameterSpec,
+    SparseForm,
+    TensorSpec,
+    align,
+    plan_gradients,
+)
+from farstep_wire.values import memory
+
+_PADDING = memoryview(bytes(64))
+
+
+def parameter_keys(groups: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the parameters' keys: their names where given, else "GROUP.INDEX"."""
+    keys = []
+    for number, group in enumerate(groups):
+        names = group.get("param_names")
+        keys.extend(str(names[i]) if names else f"{number}.{i}" for i in range(len(group["params"])))
+    return keys
+
+
+def layout_of(groups: Sequence[dict[str, Any]], known: Sequence[Tensor] = ()) -> Layout:
+    """Return the layout of param groups as they stand; ``known`` are parameters that earlier groups hold."""
+    tensors = [tensor for group in groups for tensor in group["params"]]
+    shared = _shared_storages([*known, *tensors])[len(known) :]
+    keys = iter(parameter_keys(groups))
+    parameters = []
+    index = 0
+    for number, group in enumerate(groups):
+        for tensor in group["params"]:
+            storage, offset = shared[index]
+            spec = TensorSpec.of(tensor)
+            parameters.append(
+                ParameterSpec(next(keys), spec if storage else spec.densified(), number, storage, offset)
+            )
+            index += 1
+    return Layout(tuple(parameters), tuple(len(group["params"]) for group in groups))
+
+
+def _shared_storages(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Return, for each tensor whose memory overlaps another's, a number for their storage and its place in it."""
+    result = [(0, 0)] * len(tensors)
+    spans: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
+    for index, tensor in enumerate(tensors):
+        nbytes = TensorSpec.of(tensor).nbytes
+        if nbytes:
+            storage = (str(tensor.device), tensor.untyped_storage().data_ptr())
+            spans.setdefault(storage, []).append((tensor.data_ptr(), tensor.data_ptr() + nbytes, index))
+    number = 0
+    for entries in spans.values():
+        for cluster in _overlapping(sorted(entries)):
+            number += 1
+            start = cluster[0][0]
+            for begin, _, index in cluster:
+                result[index] = (number, (begin - start) // tensors[index].element_size())
+    return result
+
+
+def _overlapping(spans: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:
+    clusters: list[list[tuple[int, int, int]]] = []
+    end = -1
+    for span in spans:
+        if span[0] < end:
+            clusters[-1].append(span)
+        else:
+            clusters.append([span])
+        end = max(end, span[1])
+    return [cluster for cluster in clusters if len(cluster) > 1]
+
+
+class _Place:
+    """Where one parameter is read and written: its own memory, or a staging tensor."""
+
+    __slots__ = ("direct", "memory", "pointer", "staging")
+
+    def __init__(self, tensor: Tensor, spec: TensorSpec) -> None:
+        self.pointer = tensor.data_ptr()
+        self.direct = tensor.device.type == "cpu" and tensor.stride() == spec.strides and spec.is_dense
+        self.staging = None if self.direct else _staging(spec)
+        own = tensor if self.staging is None else self.staging
+        self.memory = memory(own, spec.nbytes)
+
+
+def _staging(spec: TensorSpec) -> Tensor:
+    return spec.view(torch.zeros(max(spec.nbytes, 1), dtype=torch.uint8), 0)
+
+
+class Binding:
+    """The parameters of a proxy optimizer, bound to a layout."""
+
+    def __init__(self, tensors: Sequence[Tensor], layout: Layout, *, detect_edits: bool) -> None:
+        self.layout = layout
+        self.tensors = list(tensors)
+        self._edits = EditDetector(self.tensors, compare_bits=detect_edits)
+        self._places: list[_Place | None] = [None] * len(self.tensors)
+        offsets = layout.gradients.offsets
+        self._order = sorted(range(len(self.tensors)), key=offsets.__getitem__)
+
+    def check(self) -> None:
+        """TypeError where a parameter has changed shape or dtype since the layout was made."""
+        for tensor, parameter in zip(self.tensors, self.layout.parameters, strict=True):
+            spec = parameter.spec
+            if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
+                raise TypeError(
+                    f"parameter {parameter.key!r} was {spec} when the optimizer was built and is "
+                    f"{TensorSpec.of(tensor)} now: convert the model first, then build the optimizer"
+                )
+
+    def _place(self, index: int) -> _Place:
+        place = self._places[index]
+        tensor = self.tensors[index]
+        if place is None or place.pointer != tensor.data_ptr():
+            self.check()
+            place = self._places[index] = _Place(tensor, self.layout.specs[index])
+        return place
+
+    # Out.
+
+    def contents(self) -> Body:
+        """Return all parameters as the bytes of their arena."""
+        arena = torch.zeros(self.layout.arena.nbytes, dtype=torch.uint8)
+        for view, tensor in zip(self.layout.views(arena), self.tensors, strict=True):
+            view.copy_(tensor.detach())
+        return _KeptBody([memory(arena, arena.numel())], [arena])
+
+    def remember(self, but: Sequence[int] = ()) -> None:
+        """The server has the parameters as they stand, all but some that were changed on this side."""
+        self._edits.remember(but)
+
+    def edited_contents(self, edited: Sequence[int]) -> Body:
+        """Return the bytes of a contribution that has no gradients but some edited parameters."""
+        plan = plan_gradients(self.layout, {}, edited, no_gradients=True)
+        return self._planned_body(plan, [[] for _ in self.tensors])
+
+    def edited(self) -> list[int]:
+        """Return the parameters that were changed on this side since they were last received."""
+        return self._edits.changed()
+
+    def gradients(self, edited: Sequence[int] = ()) -> tuple[dict[int, GradientForm], Body]:
+        """Return the exceptions among the gradients, and the bytes of a contribution.
+
+        TypeError: a gradient has another dtype or shape than its parameter.
+        """
+        forms: dict[int, GradientForm] = {}
+        tensors: list[list[Tensor]] = []
+        for index, tensor in enumerate(self.tensors):
+            gradient = tensor.grad
+            if gradient is None:
+                forms[index] = None
+                tensors.append([])
+            elif gradient.is_sparse:
+                forms[index], parts = self._sparse(index, gradient)
+                tensors.append(parts)
+            else:
+                tensors.append([self._dense(index, gradient, forms)])
+        if not forms and not edited:
+            return forms, self._plain_body(tensors)
+        return forms, self._planned_body(plan_gradients(self.layout, forms, edited), tensors)
+
+    def _dense(self, index: int, gradient: Tensor, forms: dict[int, GradientForm]) -> Tensor:
+        spec = self.layout.specs[index]
+        if gradient.dtype != spec.dtype or gradient.shape != spec.shape:
+            key = self.layout.parameters[index].key
+            raise TypeError(f"the gradient of {key!r} is {TensorSpec.of(gradient)}, the parameter is {spec}")
+        plain = gradient.detach()
+        if plain.is_conj() or plain.is_neg():
+            plain = plain.resolve_conj().resolve_neg()
+        if plain.device.type != "cpu":
+            plain = plain.cpu()
+        if plain.stride() == spec.strides and spec.is_dense:
+            return plain
+        own = TensorSpec.of(plain)
+        if not own.is_dense:
+            plain = torch.empty_like(plain).copy_(plain)
+            own = TensorSpec.of(plain)
+        forms[index] = own
+        return plain
+
+    def _sparse(self, index: int, gradient: Tensor) -> tuple[SparseForm, list[Tensor]]:
+        spec = self.layout.specs[index]
+        if gradient.dtype != spec.dtype or gradient.shape != spec.shape:
+            key = self.layout.parameters[index].key
+            raise TypeError(f"the sparse gradient of {key!r} is {gradient.dtype} {list(gradient.shape)}, not {spec}")
+        indices = gradient._indices().cpu().contiguous()
+        values = gradient._values().detach().cpu().contiguous()
+        return SparseForm(values.shape[0], gradient.sparse_dim(), gradient.is_coalesced()), [indices, values]
+
+    def _plain_body(self, tensors: list[list[Tensor]]) -> Body:
+        segments: list[memoryview | bytes] = []
+        specs = self.layout.specs
+        for index in self._order:
+            nbytes = specs[index].nbytes
+            segments.append(memory(tensors[index][0], nbytes))
+            if nbytes % 64:
+                segments.append(_PADDING[: align(nbytes) - nbytes])
+        return _KeptBody(segments, tensors)
+
+    def _planned_body(self, plan: GradientPlan, tensors: list[list[Tensor]]) -> Body:
+        pieces = [
+            (offset, spec, tensor)
+            for placed, own in zip(plan.pieces, tensors, strict=True)
+            for (spec, offset), tensor in zip(placed, own, strict=True)
+        ]
+        for index, spec, offset in plan.edited:
+            copy = torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype)
+            pieces.append((offset, spec, copy.copy_(self.tensors[index].detach())))
+        pieces.sort(key=lambda piece: piece[0])
+        segments: list[memoryview | bytes] = []
+        for _, spec, tensor in pieces:
+            segments.append(memory(tensor, spec.nbytes))
+            segments.append(_PADDING[: align(spec.nbytes) - spec.nbytes])
+        return _KeptBody(segments, pieces)
+
+    # In.
+
+    def sink(self) -> ScatterSink:
+        """Return where the bytes of a parameter arena go. ``received`` must follow once all of them have come."""
+        offsets = self.layout.arena.offsets
+        return ScatterSink((offset, self._place(index).memory) for index, offset in enumerate(offsets))
+
+    def received(self) -> None:
+        """Finish what the sink began: move staged parameters to theirs, and let autograd know of the change."""
+        with torch.no_grad():
+            for index, tensor in enumerate(self.tensors):
+                place = self._place(index)
+                if place.staging is not None:
+                    tensor.copy_(place.staging)
+        torch.autograd.graph.increment_version(self.tensors)
+        self._edits.remember()
+
+
+class _KeptBody(Body):
+    """A body that keeps the owners of its memory alive."""
+
+    def __init__(self, segments: list[memoryview | bytes], owners: object) -> None:
+        super().__init__(segments)
+        self._owners = owners

@@ -1,0 +1,273 @@
+"""The link: a stream that is attached to a hosted optimizer, made anew when it breaks.
+
+Every request is sent again after a reconnect. That is safe: requests that change anything carry a sequence number, which the
+server answers from its record if it has settled it already.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+from uuid import uuid4
+
+from farstep.config import Remote
+from farstep.embedded import embedded_server_ended
+from farstep.transports.base import SinkFor, Stream, Transport
+from farstep.transports.grpc import GrpcTransport
+from farstep_wire import __version__
+from farstep_wire.address import Address
+from farstep_wire.convert import failure_from_proto
+from farstep_wire.errors import (
+    Applied,
+    DeadlineError,
+    DrainingError,
+    FarstepError,
+    FencedError,
+    InternalError,
+    RollbackError,
+    UnavailableError,
+)
+from farstep_wire.frames import EMPTY, BytesSource, NullSink
+from farstep_wire.limits import PROTOCOL
+from farstep_wire.v1 import optimizer_pb2 as pb
+
+_LOGGER = logging.getLogger("farstep")
+_HEARTBEAT_SECONDS = 5.0
+_LEAVE_SECONDS = 2.0
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Standing:
+    """Where this client stands with the hosted optimizer."""
+
+    lineage: str = ""
+    incarnation: int = 0
+    version: int = 0
+    epoch: int = 0
+    sequence: int = 0
+    settled: int = 0
+    device: str = ""
+    server_version: str = ""
+    instance: str = field(default_factory=lambda: uuid4().hex)
+
+
+class Link:
+    """A client's connection to one hosted optimizer.
+
+    ``describe_attach`` gives the Attach message and the layout's bytes; it is asked anew at each attempt.
+    """
+
+    def __init__(
+        self, address: Address, remote: Remote, describe_attach: Callable[[], tuple[pb.Attach, BytesSource]]
+    ) -> None:
+        self.address = address
+        self.standing = Standing()
+        self.sent = False
+        self._remote = remote
+        self._describe_attach = describe_attach
+        self._transport: Transport | None = None
+        self._stream: Stream | None = None
+        self._requests = 0
+        self._process = os.getpid()
+
+    # Attaching.
+
+    def attach(self, contents: Callable[[], BytesSource]) -> pb.Attached:
+        """Attach for the first time, creating the hosted optimizer where the server asks for its parameters."""
+        deadline = time.monotonic() + self._remote.timeouts.seconds("connect")
+
+        def attempt() -> pb.Attached:
+            reply = self._open(deadline)
+            if reply.outcome == pb.Attached.OUTCOME_UPLOAD:
+                reply = self._exchange(pb.ClientFrame(upload=pb.Upload()), contents(), deadline).attached
+            return reply
+
+        attached = self._until(attempt, deadline, self._not_reached)
+        self._take_standing(attached)
+        self.standing.version = attached.version
+        return attached
+
+    def _open(self, deadline: float) -> pb.Attached:
+        if self._transport is None:
+            self._transport = GrpcTransport(self.address, _HEARTBEAT_SECONDS)
+        self._stream = self._transport.open(deadline)
+        self._requests = 0
+        attach, layout = self._describe_attach()
+        attach.protocol, attach.client_version = PROTOCOL, __version__
+        attach.instance = self.standing.instance
+        attach.lineage, attach.incarnation = self.standing.lineage, self.standing.incarnation
+        attach.version = self.standing.version
+        attach.wait_ms = max(1, round((deadline - time.monotonic()) * 1000))
+        return self._exchange(pb.ClientFrame(attach=attach), layout, deadline + 1.0).attached
+
+    def _take_standing(self, attached: pb.Attached) -> None:
+        standing = self.standing
+        standing.lineage, standing.incarnation = attached.lineage, attached.incarnation
+        standing.epoch, standing.settled = attached.epoch, attached.settled_sequence
+        standing.device, standing.server_version = attached.device, attached.server_version
+
+    def _reattach(self, deadline: float) -> None:
+        before = self.standing.incarnation
+        attached = self._open(deadline)
+        if attached.incarnation == before and attached.version < self.standing.version:
+            self._drop_stream()
+            lost = self.standing.version
+            self.standing.version = attached.version
+            raise RollbackError(
+                f"{self.address}: the server is back at version {attached.version}; this worker holds version {lost}, which "
+                f"it had acknowledged. It was started again from an older snapshot. Call opt.remote.pull() and step again "
+                f"to go on from version {attached.version}",
+                applied=Applied.NO,
+            )
+        incarnation = self.standing.incarnation
+        self._take_standing(attached)
+        # What this worker holds is of the incarnation it knew; the server will say so if that has ended.
+        self.standing.incarnation = incarnation
+        _LOGGER.warning("farstep: attached to %s again (version %d)", self.address, attached.version)
+
+    # Requests.
+
+    def call(
+        self, make: Callable[[], tuple[pb.ClientFrame, BytesSource]], handle: Callable[[Link, float], Result]
+    ) -> Result:
+        """Send a request and have ``handle`` take its replies; on a broken stream, do so again until the deadline.
+
+        UnavailableError (DeadlineError where time ran out): ``applied`` is UNKNOWN.
+        """
+        deadline = time.monotonic() + self._remote.timeouts.seconds("step")
+
+        def attempt() -> Result:
+            self._ensure(deadline)
+            self.send(*make())
+            return handle(self, deadline)
+
+        return self._until(attempt, deadline, self._gave_up)
+
+    def _ensure(self, deadline: float) -> None:
+        if self._process != os.getpid():
+            # In a forked child: the parent's stream is the parent's.
+            self._process = os.getpid()
+            self._stream = self._transport = None
+        if self._stream is None:
+            self._reattach(deadline)
+
+    def send(self, frame: pb.ClientFrame, body: BytesSource = EMPTY) -> None:
+        """Send a message on the stream as it is."""
+        assert self._stream is not None, "attached"
+        self._requests += 1
+        frame.request = self._requests
+        self._stream.send(frame, body)
+
+    def receive(self, sink_for: SinkFor, deadline: float) -> pb.ServerFrame:
+        """Return the next reply; a Failure is raised as the error it stands for."""
+        assert self._stream is not None, "attached"
+        frame = self._stream.receive(sink_for, deadline)
+        if frame.WhichOneof("body") == "failure":
+            raise _failure(frame.failure)
+        return frame
+
+    def _exchange(self, frame: pb.ClientFrame, body: BytesSource, deadline: float) -> pb.ServerFrame:
+        self.send(frame, body)
+        return self.receive(lambda _: NullSink(), deadline)
+
+    # Trying again.
+
+    def _until(
+        self, attempt: Callable[[], Result], deadline: float, give_up: Callable[[FarstepError], FarstepError]
+    ) -> Result:
+        pause = self._remote.retry.first
+        broken_since: float | None = None
+        while True:
+            try:
+                return attempt()
+            except (UnavailableError, DrainingError, FencedError) as error:
+                self._drop_stream()
+                now = time.monotonic()
+                if isinstance(error, FencedError) and not self._may_come_back(error):
+                    raise
+                broken_since = now if broken_since is None else broken_since
+                limit = self._limit(deadline, broken_since)
+                if isinstance(error, DeadlineError) or now + pause >= limit or embedded_server_ended(self.address.target):
+                    raise give_up(error) from error
+                time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter, no secret
+                pause = min(pause * 2, self._remote.retry.longest)
+            except FarstepError:
+                raise
+            except BaseException:
+                # Interrupted between request and reply: the stream is out of step.
+                self._drop_stream()
+                raise
+
+    def _limit(self, deadline: float, broken_since: float) -> float:
+        if not self.standing.lineage:
+            return deadline
+        return min(deadline, broken_since + self._remote.timeouts.seconds("reconnect"))
+
+    def _may_come_back(self, error: FencedError) -> bool:
+        # A lease that ran out (a laptop that slept) is made good by attaching again; another process is not.
+        return "its lease" in str(error)
+
+    def _not_reached(self, error: FarstepError) -> FarstepError:
+        seconds = self._remote.timeouts.seconds("connect")
+        kind = DeadlineError if isinstance(error, DeadlineError) else UnavailableError
+        return kind(
+            f"no farstep server could be attached at {self.address} within {seconds:g} s ({error}). Check that "
+            f"farstep-server runs there, that the address is the one it printed, and that nothing blocks the way: "
+            f"farstep doctor --server {self.address}"
+        )
+
+    def _gave_up(self, error: FarstepError) -> FarstepError:
+        kind = DeadlineError if isinstance(error, DeadlineError) else UnavailableError
+        return kind(
+            f"{error}, and it could not be reached again in time. Whether the step was applied is unknown; the next call "
+            f"finds out, and applies it once. Check the server at {self.address}",
+            applied=Applied.UNKNOWN,
+        )
+
+    # Ending.
+
+    def _drop_stream(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.close()
+        if self._transport is not None:
+            self._transport.close()
+            self._transport = None
+
+    def close(self) -> None:
+        """Leave, as far as that can be said in a moment, and drop the connection."""
+        if self._stream is not None and self._process == os.getpid():
+            try:
+                self._exchange(pb.ClientFrame(leave=pb.Leave()), EMPTY, time.monotonic() + _LEAVE_SECONDS)
+            except FarstepError:
+                _LOGGER.debug("farstep: could not take leave of %s", self.address)
+        self._drop_stream()
+
+
+def _failure(message: object) -> FarstepError:
+    assert isinstance(message, pb.ServerFrame().failure.__class__), "a Failure"
+    error = failure_from_proto(message)
+    if message.exception_type:
+        error.__cause__ = _builtin_exception(message.exception_type, str(error))
+    return error
+
+
+def _builtin_exception(name: str, text: str) -> Exception | None:
+    import builtins
+
+    kind = getattr(builtins, name, None)
+    if isinstance(kind, type) and issubclass(kind, Exception):
+        return kind(text)
+    return None
+
+
+def internal(text: str) -> InternalError:
+    """Return the error for a reply that makes no sense."""
+    return InternalError(f"the server answered out of turn: {text}")

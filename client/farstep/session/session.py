@@ -1,0 +1,473 @@
+"""One proxy optimizer's session: what its methods mean to the server."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farstep.config import Remote
+from farstep.embedded import embedded_address
+from farstep.launch import current_launch, run_name
+from farstep.session.binding import Binding, layout_of
+from farstep.session.link import Link, internal
+from farstep.session.options import OptionTracker, sendable
+from farstep.session.snapshot import FetchedState, state_digest
+from farstep_wire.address import Address, parse_address
+from farstep_wire.bundle import BundleBody, empty_buffer, read_bundle
+from farstep_wire.convert import edits_from_proto, edits_to_proto, forms_to_proto, layout_to_proto, policy_to_proto
+from farstep_wire.errors import ConfigurationError, FarstepError
+from farstep_wire.frames import EMPTY, Body, BufferSink, BytesSource, NullSink, Sink
+from farstep_wire.layout import Layout
+from farstep_wire.policy import Policy, Sync
+from farstep_wire.v1 import optimizer_pb2 as pb
+from farstep_wire.values import from_map, from_value, memory, to_map, to_value
+
+_LOGGER = logging.getLogger("farstep")
+_ON_EXISTING = {
+    "attach": pb.ON_EXISTING_ATTACH,
+    "error": pb.ON_EXISTING_ERROR,
+    "replace": pb.ON_EXISTING_REPLACE,
+}
+
+Groups = list[dict[str, Any]]
+Closure = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is to be hosted: the registered name of the class, its arguments, and the options that it cannot do without."""
+
+    optimizer: str
+    arguments: dict[str, Any]
+    required: frozenset[str]
+    drives_closure: bool
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What came of a step. ``applied`` is False where the contribution was not used or nobody had gradients."""
+
+    applied: bool
+    version: int
+    staleness: int
+    loss: object
+
+
+class Session:
+    """The client's side of one hosted optimizer. Not thread-safe, as optimizers are not."""
+
+    def __init__(self, remote: Remote, subject: Subject) -> None:
+        self.remote = remote
+        self.subject = subject
+        self.policy = _policy(remote)
+        self.worker = _worker(remote)
+        self.address, self.name, self.ephemeral = _locate(remote)
+        self._options = OptionTracker(subject.required)
+        self._link: Link | None = None
+        self._binding: Binding | None = None
+        self._groups: Groups = []
+        self._unsettled = False
+        self.fetched: FetchedState | None = None
+
+    @property
+    def expects_several_workers(self) -> bool:
+        """Whether rounds have more than one worker's contributions."""
+        return isinstance(self.policy, Sync) and self.policy.workers > 1
+
+    # Attaching.
+
+    @property
+    def attached(self) -> bool:
+        """Whether there is a hosted optimizer behind it yet."""
+        return self._link is not None
+
+    def attach(self, groups: Groups) -> None:
+        """Create the hosted optimizer or join it; afterwards parameters and options are those of the server."""
+        self._bind(groups)
+        link = Link(self.address, self.remote, self._attach_message)
+        attached = link.attach(self.binding.contents)
+        self._link = link
+        if attached.outcome == pb.Attached.OUTCOME_CREATED:
+            self.binding.remember()
+        else:
+            self._pull()
+            for group, message in zip(groups, attached.groups, strict=False):
+                group.update(from_map(message, "param_groups"))
+        self._options.acknowledge(groups)
+        what = "created" if attached.outcome == pb.Attached.OUTCOME_CREATED else "joined"
+        _LOGGER.info(
+            "farstep: %s %r at %s as worker %s: version %d on %s", what, self.name, self.address, self.worker,
+            attached.version, attached.device,
+        )  # fmt: skip
+
+    def ensure(self, groups: Groups) -> None:
+        """Attach where that has not been done: after a copy or an unpickling."""
+        if self._link is None:
+            self.attach(groups)
+
+    def _bind(self, groups: Groups) -> None:
+        self._groups = groups
+        tensors = [tensor for group in groups for tensor in group["params"]]
+        self._binding = Binding(tensors, layout_of(groups), detect_edits=self.remote.detect_edits)
+
+    @property
+    def binding(self) -> Binding:
+        """The parameters as they are bound."""
+        assert self._binding is not None, "bound by attach"
+        return self._binding
+
+    @property
+    def link(self) -> Link:
+        """The link, once attached."""
+        assert self._link is not None, "attached"
+        return self._link
+
+    def _attach_message(self) -> tuple[pb.Attach, BytesSource]:
+        options = [sendable(group, self.subject.required, number) for number, group in enumerate(self._groups)]
+        layout = layout_to_proto(self.binding.layout, options).SerializeToString()
+        attach = pb.Attach(
+            name=self.name,
+            optimizer=self.subject.optimizer,
+            arguments=to_map(self.subject.arguments, "arguments"),
+            policy=policy_to_proto(self.policy),
+            worker=self.worker,
+            on_existing=_ON_EXISTING[self.remote.on_existing],
+            ephemeral=self.ephemeral,
+        )
+        return attach, Body([layout])
+
+    # Steps.
+
+    def step(self, groups: Groups, *, num_samples: float | None = None, abstain: bool = False) -> StepResult:
+        """Contribute the gradients as they stand, or abstain, and take over the new parameters."""
+        self._groups = groups
+        edits = self._options.edits(groups)
+        forms, edited, body = {}, [], EMPTY
+        if not abstain:
+            edited = self.binding.edited()
+            forms, body = self.binding.gradients(edited)
+        message = self._contribution(num_samples)
+        message.abstain = abstain
+        message.forms.extend(forms_to_proto(forms))
+        message.edits.extend(edits_to_proto(edits))
+        message.edited_parameters.extend(edited)
+        result = self._contribute(message, body, self._receive_step)
+        return self._after_step(result, edits)
+
+    def driven_step(self, groups: Groups, closure: Closure, *, num_samples: float | None = None) -> StepResult:
+        """Have the server drive the closure through one step."""
+        self._groups = groups
+        edits = self._options.edits(groups)
+        edited = self.binding.edited()
+        message = self._contribution(num_samples)
+        message.closure = True
+        message.edits.extend(edits_to_proto(edits))
+        message.edited_parameters.extend(edited)
+        body = self.binding.edited_contents(edited)
+        evaluations = _Evaluations(closure)
+
+        def handle(link: Link, deadline: float) -> pb.Stepped:
+            while True:
+                frame = link.receive(self._sink_for, deadline)
+                if frame.WhichOneof("body") != "evaluate":
+                    return self._stepped(frame)
+                self.binding.received()
+                link.send(*self._evaluate(evaluations, frame.evaluate.number, message.sequence))
+
+        try:
+            result = self._after_step(self._contribute(message, body, handle), edits)
+        except FarstepError:
+            if evaluations.error is not None:
+                self._pull()
+                raise evaluations.error from None
+            self._restore_after_refusal()
+            raise
+        return replace(result, loss=evaluations.same_as_first(result.loss))
+
+    def _restore_after_refusal(self) -> None:
+        # The parameters hold the last trial; the server's are those of before the step.
+        try:
+            self._pull()
+        except FarstepError:
+            _LOGGER.warning("farstep: the parameters are those of a trial; call opt.remote.pull()")
+
+    def _contribution(self, num_samples: float | None) -> pb.Contribution:
+        standing = self.link.standing
+        standing.sequence += 1
+        return pb.Contribution(
+            sequence=standing.sequence,
+            version=standing.version,
+            incarnation=standing.incarnation,
+            num_samples=num_samples or 0.0,
+        )
+
+    def _contribute(
+        self, message: pb.Contribution, body: BytesSource, handle: Callable[[Link, float], pb.Stepped]
+    ) -> pb.Stepped:
+        self._unsettled = True
+
+        def make() -> tuple[pb.ClientFrame, BytesSource]:
+            message.epoch = self.link.standing.epoch
+            if self.link.standing.settled >= message.sequence:
+                # Applied before the connection broke: only the recorded answer is wanted.
+                known = pb.Contribution(epoch=message.epoch, sequence=message.sequence, abstain=True)
+                return pb.ClientFrame(contribution=known), EMPTY
+            return pb.ClientFrame(contribution=message), body
+
+        stepped = self.link.call(make, handle)
+        self._unsettled = False
+        return stepped
+
+    def _receive_step(self, link: Link, deadline: float) -> pb.Stepped:
+        return self._stepped(link.receive(self._sink_for, deadline))
+
+    def _sink_for(self, frame: pb.ServerFrame) -> Sink:
+        kind = frame.WhichOneof("body")
+        if kind in {"stepped", "evaluate", "parameters"} and frame.total_bytes:
+            return self.binding.sink()
+        return NullSink()
+
+    def _stepped(self, frame: pb.ServerFrame) -> pb.Stepped:
+        if frame.WhichOneof("body") != "stepped":
+            raise internal(f"{frame.WhichOneof('body')} where stepped is due")
+        if frame.stepped.parameters:
+            self.binding.received()
+        return frame.stepped
+
+    def _after_step(self, stepped: pb.Stepped, edits: dict[int, Any]) -> StepResult:
+        standing = self.link.standing
+        standing.version, standing.incarnation = stepped.version, stepped.incarnation
+        used = stepped.outcome in {pb.Stepped.OUTCOME_COMMITTED, pb.Stepped.OUTCOME_SKIPPED}
+        if used:
+            self._options.acknowledge_edits(edits)
+        changed = edits_from_proto(stepped.edits, len(self._groups))
+        rolled_back = stepped.outcome == pb.Stepped.OUTCOME_ROLLED_BACK
+        if used or rolled_back:
+            self._take_options(changed)
+        if not used:
+            reason = "the hosted optimizer was rolled back" if rolled_back else "its round was over"
+            _LOGGER.warning(
+                "farstep: a contribution of worker %s to %r was not used: %s; going on from version %d",
+                self.worker, self.name, reason, stepped.version,
+            )  # fmt: skip
+        applied = stepped.outcome == pb.Stepped.OUTCOME_COMMITTED
+        loss = from_value(stepped.loss, "loss") if stepped.HasField("loss") else None
+        return StepResult(applied, stepped.version, stepped.staleness, loss)
+
+    def _take_options(self, changed: Mapping[int, tuple[dict[str, Any], Sequence[str]]]) -> None:
+        for number, (values, removed) in changed.items():
+            group = self._groups[number]
+            for key in removed:
+                group.pop(key, None)
+            group.update(values)
+        if changed:
+            self._options.acknowledge(self._groups)
+
+    def _evaluate(self, evaluations: _Evaluations, number: int, sequence: int) -> tuple[pb.ClientFrame, BytesSource]:
+        message = pb.Evaluation(epoch=self.link.standing.epoch, sequence=sequence, number=number)
+        if not evaluations.run(number):
+            message.error = repr(evaluations.error)
+            return pb.ClientFrame(evaluation=message), EMPTY
+        forms, body = self.binding.gradients()
+        loss = evaluations.loss
+        message.loss.CopyFrom(to_value(loss.detach() if isinstance(loss, Tensor) else loss, "the closure's loss"))
+        message.forms.extend(forms_to_proto(forms))
+        return pb.ClientFrame(evaluation=message), body
+
+    def zero_grad(self) -> None:
+        """Have the server drop what this worker has staged; no round trip where nothing can be."""
+        if self._link is None or not self._unsettled:
+            return
+
+        def make() -> tuple[pb.ClientFrame, BytesSource]:
+            return pb.ClientFrame(zero_grad=pb.ZeroGrad(epoch=self.link.standing.epoch)), EMPTY
+
+        self._call_done(make)
+        self._unsettled = False
+
+    # Parameters and state.
+
+    def pull(self) -> int:
+        """Take over the server's parameters; return their version."""
+        self._pull()
+        return self.link.standing.version
+
+    def _pull(self) -> None:
+        def handle(link: Link, deadline: float) -> pb.Parameters:
+            frame = link.receive(self._sink_for, deadline)
+            if frame.WhichOneof("body") != "parameters":
+                raise internal(f"{frame.WhichOneof('body')} where parameters are due")
+            return frame.parameters
+
+        parameters = self.link.call(lambda: (pb.ClientFrame(pull=pb.Pull()), EMPTY), handle)
+        self.binding.received()
+        standing = self.link.standing
+        standing.version, standing.incarnation = parameters.version, parameters.incarnation
+
+    def get_state(self, indices: Sequence[int] = ()) -> tuple[list[tuple[Any, Any]], pb.State]:
+        """Return [(parameter index or other key, entries), ...] with CPU tensors, and the version they belong to."""
+        buffer = empty_buffer(0)
+
+        def sink_for(frame: pb.ServerFrame) -> Sink:
+            nonlocal buffer
+            buffer = empty_buffer(frame.total_bytes)
+            return BufferSink(memory(buffer, frame.total_bytes))
+
+        def handle(link: Link, deadline: float) -> pb.State:
+            frame = link.receive(sink_for, deadline)
+            if frame.WhichOneof("body") != "state":
+                raise internal(f"{frame.WhichOneof('body')} where state is due")
+            return frame.state
+
+        request = pb.GetState(parameters=indices)
+        state = self.link.call(lambda: (pb.ClientFrame(get_state=request), EMPTY), handle)
+        pairs = read_bundle(buffer, state.header_bytes, "state")
+        return [(key, entries) for key, entries in pairs], state
+
+    def is_current(self, state: Sequence[tuple[Any, Any]]) -> bool:
+        """Whether the state is what was fetched last, and nothing has happened since."""
+        fetched, standing = self.fetched, self.link.standing
+        if fetched is None or (fetched.incarnation, fetched.version) != (standing.incarnation, standing.version):
+            return False
+        return state_digest(state) == fetched.digest
+
+    def load_state(self, state: Sequence[tuple[Any, Any]], groups: Groups) -> None:
+        """Replace state and options on the server; under Sync, one act of all workers."""
+        options = [sendable(group, self.subject.required, number) for number, group in enumerate(groups)]
+        body = BundleBody({"state": [list(pair) for pair in state], "groups": options}, "load_state_dict")
+        standing = self.link.standing
+        standing.sequence += 1
+        message = pb.LoadState(sequence=standing.sequence, header_bytes=body.header_bytes)
+
+        def make() -> tuple[pb.ClientFrame, BytesSource]:
+            message.epoch = standing.epoch
+            return pb.ClientFrame(load_state=message), body
+
+        self._call_done(make)
+        self._groups = groups
+        self._options.acknowledge(groups)
+
+    def add_group(self, groups: Groups) -> None:
+        """Tell the server of the group that was added last; under Sync, one act of all workers."""
+        number = len(groups) - 1
+        known = self.binding.tensors
+        _refuse_shared(groups[-1]["params"], known)
+        old = self.binding.layout
+        full = layout_of(groups)
+        own = Layout(tuple(replace(p, group=0) for p in full.parameters[len(known) :]), full.group_sizes[-1:])
+        options = sendable(groups[-1], self.subject.required, number)
+        header = layout_to_proto(own, [options]).SerializeToString()
+        contents = Binding(groups[-1]["params"], own, detect_edits=False).contents()
+        body = Body([header, contents.join((), 0, contents.nbytes)])
+        standing = self.link.standing
+        standing.sequence += 1
+        message = pb.AddParamGroup(sequence=standing.sequence, layout_bytes=len(header))
+
+        def make() -> tuple[pb.ClientFrame, BytesSource]:
+            message.epoch = standing.epoch
+            return pb.ClientFrame(add_param_group=message), body
+
+        edited = self.binding.edited()
+        self._call_done(make)
+        tensors = [*known, *groups[-1]["params"]]
+        self._groups = groups
+        self._binding = Binding(tensors, old.extended(own), detect_edits=self.remote.detect_edits)
+        self.binding.remember(but=edited)
+        self._options.acknowledge_group(groups, number)
+
+    def _call_done(self, make: Callable[[], tuple[pb.ClientFrame, BytesSource]]) -> None:
+        def handle(link: Link, deadline: float) -> pb.Done:
+            frame = link.receive(lambda _: NullSink(), deadline)
+            if frame.WhichOneof("body") != "done":
+                raise internal(f"{frame.WhichOneof('body')} where done is due")
+            return frame.done
+
+        done = self.link.call(make, handle)
+        standing = self.link.standing
+        standing.version, standing.incarnation = done.version, done.incarnation
+
+    # Ending and copying.
+
+    def close(self) -> None:
+        """Leave the hosted optimizer; the next use attaches again."""
+        link, self._link = self._link, None
+        if link is not None:
+            link.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy attaches for itself, when it is first used. A token never travels.
+        address = replace(self.address, name=self.name)
+        return {"remote": replace(self.remote, token=None, address=str(address), name=None), "subject": self.subject,
+                "policy": self.policy, "worker": self.worker, "ephemeral": self.ephemeral}  # fmt: skip
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["remote"], state["subject"])  # type: ignore[misc]
+        self.policy, self.worker, self.ephemeral = state["policy"], state["worker"], state["ephemeral"]
+
+
+class _Evaluations:
+    """Runs the closure once per evaluation, however often the server asks for it."""
+
+    def __init__(self, closure: Closure) -> None:
+        self._closure = closure
+        self._first: object = None
+        self._number = -1
+        self.loss: Any = None
+        self.error: Exception | None = None
+
+    def run(self, number: int) -> bool:
+        """Make ``loss`` and the gradients those of that evaluation; return whether the closure went through."""
+        if number != self._number:
+            try:
+                with torch.enable_grad():
+                    self.loss = self._closure()
+            except Exception as error:
+                self.error = error
+                return False
+            if self._number < 0:
+                self._first = self.loss
+            self._number = number
+        return self.error is None
+
+    def same_as_first(self, loss: object) -> object:
+        """Return the first evaluation's own result where the optimizer returned it, as torch's do; else what came."""
+        first = self._first
+        if isinstance(first, Tensor) and isinstance(loss, Tensor):
+            return first if first.detach().cpu().equal(loss) else loss
+        return loss
+
+
+def _refuse_shared(new: Sequence[Tensor], known: Sequence[Tensor]) -> None:
+    storages = {tensor.untyped_storage().data_ptr() for tensor in known if tensor.numel()}
+    for tensor in new:
+        if tensor.numel() and tensor.untyped_storage().data_ptr() in storages:
+            clash = layout_of([{"params": [*known, tensor]}])
+            if clash.parameters[-1].storage:
+                raise ConfigurationError(
+                    "add_param_group: a parameter shares memory with one of an earlier group; give both to the constructor"
+                )
+
+
+def _policy(remote: Remote) -> Policy:
+    return remote.policy if remote.policy is not None else Sync(workers=current_launch().world_size)
+
+
+def _worker(remote: Remote) -> str:
+    return str(current_launch().rank) if remote.worker is None else str(remote.worker)
+
+
+def _locate(remote: Remote) -> tuple[Address, str, bool]:
+    """Return the server's address, the hosted optimizer's name, and whether that was made up."""
+    connect = remote.timeouts.connect
+    address = remote.parsed()
+    if address is None:
+        address = parse_address(embedded_address(connect))  # type: ignore[arg-type]
+    name = address.name or remote.name
+    if name:
+        return replace(address, name=None), name, False
+    return replace(address, name=None), run_name(connect), True  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""Transports: how messages and their bytes get to a server and back."""

@@ -1,0 +1,49 @@
+"""What every transport promises.
+
+A transport opens streams. A stream carries whole messages, in order, in both directions: a frame as header and the bytes
+that belong to it. Any failure of a stream is an UnavailableError, after which the stream is of no more use; a DeadlineError
+says that the time allowed has passed. Nothing on a stream waits without a deadline.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from farstep_wire.frames import EMPTY, BytesSource, Sink
+from farstep_wire.v1 import optimizer_pb2 as pb
+
+SinkFor = Callable[[pb.ServerFrame], Sink]
+"""Chooses where the bytes of a reply go, from its header; may raise to refuse it."""
+
+
+class Stream(ABC):
+    """One session's stream. ``send`` may be called from any thread, ``receive`` from one at a time."""
+
+    @abstractmethod
+    def send(self, frame: pb.ClientFrame, body: BytesSource = EMPTY) -> None:
+        """Queue a message. Its bytes are read later: their owner leaves them alone until the reply has come."""
+
+    @abstractmethod
+    def receive(self, sink_for: SinkFor, deadline: float) -> pb.ServerFrame:
+        """Return the next reply once all its bytes are in the sink.
+
+        ``deadline`` is on ``time.monotonic``. DeadlineError: it has passed; UnavailableError: the stream broke. In both
+        cases the sink may have been written to in part.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the stream; may be called more than once and from any thread."""
+
+
+class Transport(ABC):
+    """Opens streams to one server."""
+
+    @abstractmethod
+    def open(self, deadline: float) -> Stream:
+        """Return a new stream; UnavailableError where no server answers by the deadline on ``time.monotonic``."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give up everything that is held for the server; streams end."""

@@ -1,0 +1,182 @@
+"""The ``grpc`` transport: one long-lived bidirectional stream per session.
+
+Copies on the way out: one, from the gradients' own memory into the frame that gRPC takes (and one inside gRPC). On the way
+in: one, from the frame that gRPC gives into the parameters' own memory (and one inside gRPC).
+
+A blocked read has no timeout of its own in gRPC; a watchdog shared by all streams of the process cancels the call whose
+deadline has passed. It also sends the heartbeats.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakSet
+
+import grpc
+
+from farstep.transports.base import SinkFor, Stream, Transport
+from farstep_wire.address import Address
+from farstep_wire.errors import DeadlineError, FarstepError, InternalError, UnavailableError
+from farstep_wire.frames import EMPTY, BytesSource, Incoming, decode, encode
+from farstep_wire.limits import MESSAGE_BYTES
+from farstep_wire.v1 import optimizer_pb2 as pb
+
+_WATCHDOG_SECONDS = 0.1
+_OPTIONS = [
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+def open_channel(address: Address) -> grpc.Channel:
+    """Return a channel to the address; it connects when it is first used."""
+    return grpc.insecure_channel(address.target, options=_OPTIONS)
+
+
+class GrpcStream(Stream):
+    """One call of OptimizerService.Session."""
+
+    def __init__(self, channel: grpc.Channel, address: Address, heartbeat_seconds: float) -> None:
+        self._address = address
+        self._outbox: queue.SimpleQueue[tuple[pb.ClientFrame, BytesSource] | None] = queue.SimpleQueue()
+        service = pb.DESCRIPTOR.services_by_name["OptimizerService"]
+        method = channel.stream_stream(f"/{service.full_name}/Session")
+        self._closed = False
+        self._timed_out = False
+        self.deadline: float | None = None
+        self.heartbeat_seconds = heartbeat_seconds
+        self.last_sent = time.monotonic()
+        self._call: Any = method(self._messages())
+        _watchdog.watch(self)
+
+    def _messages(self) -> Iterator[bytes]:
+        while (item := self._outbox.get()) is not None:
+            yield from encode(*item)
+
+    def send(self, frame: pb.ClientFrame, body: BytesSource = EMPTY) -> None:
+        """Queue a message."""
+        self.last_sent = time.monotonic()
+        self._outbox.put((frame, body))
+
+    def receive(self, sink_for: SinkFor, deadline: float) -> pb.ServerFrame:
+        """Return the next reply; see Stream."""
+        self.deadline = deadline
+        try:
+            frame, payload = decode(pb.ServerFrame, next(self._call))
+            incoming = Incoming(frame.total_bytes, sink_for(frame))
+            incoming.take(frame.offset, payload)
+            while not incoming.complete:
+                part, payload = decode(pb.ServerFrame, next(self._call))
+                incoming.take(part.offset, payload)
+            return frame
+        except StopIteration:
+            raise UnavailableError(f"the server at {self._address} ended the session") from None
+        except grpc.RpcError as error:
+            raise self._broken(error) from None
+        finally:
+            self.deadline = None
+
+    def _broken(self, error: grpc.RpcError) -> FarstepError:
+        if self._timed_out:
+            return DeadlineError(f"the server at {self._address} did not answer in time")
+        call: Any = error
+        detail = f"{call.code().name}: {call.details()}" if hasattr(call, "code") else str(error)
+        return UnavailableError(f"the connection to {self._address} broke ({detail})")
+
+    def close(self) -> None:
+        """End the stream."""
+        if not self._closed:
+            self._closed = True
+            self._outbox.put(None)
+            self._call.cancel()
+
+    # Called by the watchdog.
+
+    def tick(self, now: float) -> None:
+        """Cancel the call where its deadline has passed; send a heartbeat where one is due."""
+        deadline = self.deadline
+        if deadline is not None and now > deadline:
+            self._timed_out = True
+            self._call.cancel()
+        elif not self._closed and now - self.last_sent > self.heartbeat_seconds:
+            self.send(pb.ClientFrame(heartbeat=pb.Heartbeat()))
+
+
+class _Watchdog:
+    """One thread for all streams of the process; it ends when there are none."""
+
+    def __init__(self) -> None:
+        self._streams: WeakSet[GrpcStream] = WeakSet()
+        self._lock = threading.Lock()
+        self._running = False
+
+    def watch(self, stream: GrpcStream) -> None:
+        with self._lock:
+            self._streams.add(stream)
+            if not self._running:
+                self._running = True
+                threading.Thread(target=self._run, name="farstep-watchdog", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(_WATCHDOG_SECONDS)
+            with self._lock:
+                streams = [stream for stream in self._streams if not stream._closed]
+                if not streams:
+                    self._streams.clear()
+                    self._running = False
+                    return
+            now = time.monotonic()
+            for stream in streams:
+                stream.tick(now)
+            del streams
+
+
+_watchdog = _Watchdog()
+
+
+class GrpcTransport(Transport):
+    """A channel to one server."""
+
+    def __init__(self, address: Address, heartbeat_seconds: float) -> None:
+        self._address = address
+        self._heartbeat_seconds = heartbeat_seconds
+        self._channel = open_channel(address)
+
+    def open(self, deadline: float) -> Stream:
+        """Return a new stream on the channel once it is connected."""
+        ready = grpc.channel_ready_future(self._channel)
+        try:
+            ready.result(timeout=max(0.0, deadline - time.monotonic()))
+        except grpc.FutureTimeoutError:
+            raise UnavailableError(f"no farstep server answers at {self._address}") from None
+        finally:
+            ready.cancel()
+        try:
+            return GrpcStream(self._channel, self._address, self._heartbeat_seconds)
+        except ValueError as error:
+            raise InternalError(f"the channel to {self._address} is closed: {error}") from None
+
+    def close(self) -> None:
+        """Close the channel."""
+        self._channel.close()
+
+
+def _forget_threads_after_fork() -> None:
+    global _watchdog  # noqa: PLW0603 - the thread of the parent is not here
+    _watchdog = _Watchdog()
+
+
+os.register_at_fork(after_in_child=_forget_threads_after_fork)
