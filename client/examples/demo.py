@@ -1,0 +1,124 @@
+"""Train digits.py twice and compare: plain ``torch.optim`` in one process, then two workers against a farstep server.
+
+    python demo.py          (or, from a checkout: make demo)
+
+The first run is digits.py with its one import line swapped for torch's. The second is digits.py as it stands, in two
+worker processes under torchrun, against the embedded server that farstep starts on rank 0; there is nothing to set up.
+Both train on the same global batches from the same weights, so both should end at about the same test accuracy; they are
+not equal to the last bit, because two half batches round differently from one whole batch.
+
+Exit status: 0 if the second run reaches 97 % test accuracy, 1 if not or if a run fails, 130 on Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+DIGITS = Path(__file__).with_name("digits.py")
+FARSTEP_IMPORT = "from farstep import optim"
+TORCH_IMPORT = "from torch import optim"
+WORKERS = 2
+REQUIRED_ACCURACY = 97.0
+# Longer than torchrun itself gives its workers (30 s) before it kills them.
+STOP_TIMEOUT_SECONDS = 40.0
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory(prefix="farstep-demo-") as name:
+        folder = Path(name)
+        print("1. plain torch.optim, one process", flush=True)
+        swapped = folder / "digits_torch.py"
+        swapped.write_text(swap_import(DIGITS.read_text()))
+        plain = train([sys.executable, str(swapped)], folder / "torch.json", label="torch")
+
+        print(f"\n2. farstep.optim, {WORKERS} workers under torchrun, embedded server", flush=True)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORKERS)]
+        remote = train([*torchrun, str(DIGITS)], folder / "farstep.json", label="farstep")
+    return report(plain, remote)
+
+
+def swap_import(source: str) -> str:
+    """Return the training script with torch's optimizers in place of farstep's: the only line that differs."""
+    if source.count(FARSTEP_IMPORT + "\n") != 1:
+        raise ValueError(f"{DIGITS.name} should have exactly one line {FARSTEP_IMPORT!r}")
+    return source.replace(FARSTEP_IMPORT + "\n", TORCH_IMPORT + "\n")
+
+
+def train(command: list[str], result: Path, *, label: str) -> dict[str, float]:
+    """Run a training command, passing its output on line by line, and return the figures that it wrote to `result`."""
+    # One thread per process, as torchrun has it, so that both runs compute alike; no server but the embedded one.
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environ.pop("FARSTEP_REMOTE", None)
+    # A session of its own keeps a Ctrl-C in the terminal from reaching it beside us; stop() ends it in good order.
+    process = subprocess.Popen(
+        [*command, "--json", str(result)],
+        env=environ,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            print(f"   {label:>7} | {line}", end="", flush=True)
+        process.wait()
+    finally:
+        stop(process)
+    if process.returncode != 0:
+        sys.exit(f"the {label} run failed with exit status {process.returncode}")
+    figures: dict[str, float] = json.loads(result.read_text())
+    return figures
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """End a run that has not ended by itself, with everything that it started, and wait until it is gone."""
+    if process.poll() is not None:
+        return
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+    # torchrun ends its workers when it is told to end; each lives in a session that only torchrun knows of.
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.communicate(timeout=STOP_TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def report(plain: dict[str, float], remote: dict[str, float]) -> int:
+    """Print both results side by side and return the exit status."""
+    print(f"\n{'':24}{'workers':>8}{'steps':>8}{'seconds':>9}{'test accuracy':>15}")
+    for name, figures in (("plain torch.optim", plain), ("farstep.optim", remote)):
+        print(
+            f"{name:24}{figures['workers']:8d}{figures['steps']:8d}"
+            f"{figures['seconds']:9.1f}{figures['accuracy']:13.2f} %"
+        )
+    if remote["accuracy"] < REQUIRED_ACCURACY:
+        print(f"farstep ended below {REQUIRED_ACCURACY:g} %", file=sys.stderr)
+        return 1
+    return 0
+
+
+def terminate(signum: int, _frame: FrameType | None) -> NoReturn:
+    """Leave through the clean-up of `train`, with the status that a shell gives to a signal."""
+    sys.exit(128 + signum)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
