@@ -28,10 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from farstep import optim
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
+
+from farstep import optim
 
 VOCABULARY = 256
 CONTEXT = 128

@@ -31,8 +31,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from farstep import optim
 from torch import Tensor, nn
+
+from farstep import optim
 
 WAVES = 3
 POINTS = 128
