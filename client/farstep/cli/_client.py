@@ -1,0 +1,202 @@
+"""The unary calls of the command line, each with a deadline, and the one place where their failures become errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from farstep.cli._probe import explain
+from farstep_wire.address import Address
+from farstep_wire.errors import (
+    DeadlineError,
+    FarstepError,
+    InternalError,
+    ProtocolError,
+    RefusedError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from farstep_wire.limits import MESSAGE_BYTES
+from farstep_wire.v1 import checkpoint_pb2 as cpb
+from farstep_wire.v1 import common_pb2 as pb
+from farstep_wire.v1 import inspection_pb2 as ipb
+from farstep_wire.v1.checkpoint_pb2_grpc import CheckpointServiceStub
+from farstep_wire.v1.inspection_pb2_grpc import InspectionServiceStub
+
+_Request = TypeVar("_Request")
+_Reply = TypeVar("_Reply")
+
+FAILURE_KEY = "farstep-failure-bin"
+"""Where in the trailing metadata the server puts a serialized Failure."""
+
+READ_SECONDS = 10.0
+"""How long a reading call may take unless told otherwise."""
+
+WRITE_SECONDS = 600.0
+"""The same for a call that waits for the disk."""
+
+_SEGMENT_SECONDS = 30.0
+"""A watch is a chain of calls, each with this deadline: so a server that hangs is noticed, and an idle one is not."""
+
+_OPTIONS = [
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+class Client:
+    """One server. ``timeout`` is each call's deadline in seconds; None: READ_SECONDS or WRITE_SECONDS.
+
+    Every method raises the FarstepError that stands for the failure.
+    """
+
+    def __init__(self, address: Address, timeout: float | None = None) -> None:
+        self._address = address
+        self._timeout = timeout
+        self._channel = grpc.insecure_channel(address.target, options=_OPTIONS)
+        self._inspection = InspectionServiceStub(self._channel)
+        self._checkpoint = CheckpointServiceStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._channel.close()
+
+    def server(self) -> ipb.ServerInfo:
+        """Return what the server is."""
+        return self._read(self._inspection.GetServer, ipb.GetServerRequest())
+
+    def list(self) -> ipb.ListReply:
+        """Return the hosted optimizers."""
+        return self._read(self._inspection.List, ipb.ListRequest())
+
+    def describe(self, name: str, *, parameters: bool) -> ipb.Description:
+        """Return one hosted optimizer, with the table of parameters where asked for."""
+        return self._read(self._inspection.Describe, ipb.DescribeRequest(name=name, parameters=parameters))
+
+    def watch(self, name: str, interval: float, *, parameters: bool) -> Iterator[ipb.Description]:
+        """Yield a description now and after each change, at most one per ``interval`` seconds, without end."""
+        request = ipb.WatchRequest(name=name, interval_ms=max(1, round(interval * 1000)), parameters=parameters)
+        seconds = max(_SEGMENT_SECONDS, 10 * interval)
+        while True:
+            yield from self._segment(request, seconds)
+
+    def _segment(self, request: ipb.WatchRequest, seconds: float) -> Iterator[ipb.Description]:
+        heard = False
+        call: Any = self._inspection.Watch(request, timeout=seconds)
+        try:
+            for description in call:
+                heard = True
+                yield description
+        except grpc.RpcError as error:
+            if heard and _code(error) is grpc.StatusCode.DEADLINE_EXCEEDED:
+                return
+            raise translate(error, self._address, seconds) from None
+        finally:
+            call.cancel()
+        raise UnavailableError(f"the server at {self._address} ended the watch; it may be shutting down")
+
+    def remove(self, name: str, *, snapshots: bool) -> ipb.RemoveReply:
+        """Remove a hosted optimizer."""
+        return self._write(self._inspection.Remove, ipb.RemoveRequest(name=name, snapshots=snapshots))
+
+    def save(self, name: str, tag: str) -> cpb.SnapshotInfo:
+        """Write a snapshot."""
+        return self._write(self._checkpoint.Save, cpb.SaveRequest(name=name, tag=tag))
+
+    def snapshots(self, name: str) -> cpb.ListSnapshotsReply:
+        """Return the complete snapshots, oldest first."""
+        return self._read(self._checkpoint.ListSnapshots, cpb.ListSnapshotsRequest(name=name))
+
+    def restore(self, name: str, tag: str, version: int | None) -> cpb.SnapshotInfo:
+        """Roll a hosted optimizer back."""
+        return self._write(self._checkpoint.Restore, cpb.RestoreRequest(name=name, tag=tag, version=version))
+
+    def health(self) -> str:
+        """Return what the standard health service says of the whole server, such as "SERVING"."""
+        reply = self._read(self._health.Check, health_pb2.HealthCheckRequest(service=""))
+        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status))
+
+    def _read(self, method: grpc.UnaryUnaryMultiCallable[_Request, _Reply], request: _Request) -> _Reply:
+        return self._call(method, request, self._timeout or READ_SECONDS, writes=False)
+
+    def _write(self, method: grpc.UnaryUnaryMultiCallable[_Request, _Reply], request: _Request) -> _Reply:
+        return self._call(method, request, self._timeout or WRITE_SECONDS, writes=True)
+
+    def _call(
+        self, method: grpc.UnaryUnaryMultiCallable[_Request, _Reply], request: _Request, seconds: float, *, writes: bool
+    ) -> _Reply:
+        try:
+            return method(request, timeout=seconds)
+        except grpc.RpcError as error:
+            raise translate(error, self._address, seconds, writes=writes) from None
+
+
+def translate(error: grpc.RpcError, address: Address, seconds: float, *, writes: bool = False) -> FarstepError:
+    """Return the error that stands for a failed call.
+
+    A Failure that the server sent along is told as it is. Without one the status decides, and where no server answered
+    the address is looked at to say why. ``writes``: the call may have taken effect though no answer came.
+    """
+    failure = _failure(error)
+    if failure is not None:
+        return failure
+    call: Any = error
+    match _code(error):
+        case None:
+            return UnavailableError(f"the call to {address} failed: {error!r}")
+        case grpc.StatusCode.UNAVAILABLE:
+            return UnavailableError(f"no farstep server answers at {address}: {explain(address, seconds)}")
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            return DeadlineError(_late(address, seconds, writes=writes))
+        case grpc.StatusCode.UNIMPLEMENTED:
+            return ProtocolError(
+                f"the server at {address} does not know this call ({call.details()}). Check that it is a farstep "
+                "server, and of the same release as this command"
+            )
+        case grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return ResourceExhaustedError(f"the server at {address} or gRPC is at a limit: {call.details()}")
+        case grpc.StatusCode.INTERNAL | grpc.StatusCode.UNKNOWN:
+            return InternalError(f"the server at {address} failed: {call.details()}")
+    return RefusedError(f"the server at {address} refused: {call.code().name}: {call.details()}")
+
+
+def _late(address: Address, seconds: float, *, writes: bool) -> str:
+    if writes:
+        return (
+            f"the server at {address} did not answer within {seconds:g} s. Whether it carried the request out is "
+            "unknown, and it may still be at it: look before asking again, or allow more with --timeout"
+        )
+    return f"the server at {address} did not answer within {seconds:g} s: {explain(address, seconds)}"
+
+
+def _code(error: grpc.RpcError) -> grpc.StatusCode | None:
+    """Return the status; None for an error of gRPC that is not about a call."""
+    return error.code() if hasattr(error, "code") else None
+
+
+def _failure(error: grpc.RpcError) -> FarstepError | None:
+    call: Any = error
+    for key, value in (call.trailing_metadata() or ()) if _code(error) is not None else ():
+        if key == FAILURE_KEY and isinstance(value, bytes):
+            # Only now: it imports torch, which nothing else of the command needs.
+            from farstep_wire.convert import failure_from_proto
+
+            try:
+                return failure_from_proto(pb.Failure.FromString(value))
+            except DecodeError:
+                return None
+    return None

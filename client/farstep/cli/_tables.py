@@ -1,0 +1,214 @@
+"""Draws for people what ``_views`` made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from farstep.cli._values import clean, text
+from farstep.cli._views import View
+
+_GROUPS_PER_TABLE = 6
+_PIPE_WIDTH = 1000
+
+
+def console() -> Console:
+    """Return stdout. Where it is not a terminal a row is never folded, so that it can be searched line by line."""
+    plain = Console(markup=False, highlight=False, emoji=False)
+    return plain if plain.is_terminal else Console(markup=False, highlight=False, emoji=False, width=_PIPE_WIDTH)
+
+
+def size(count: int) -> str:
+    """Return a number of bytes such as "1.5 GiB"."""
+    amount, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if amount < 1024 or unit == "TiB":
+            break
+        amount /= 1024
+    return f"{count} B" if unit == "B" else f"{amount:.1f} {unit}"
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> Table:
+    """Return a table whose first ``left`` columns are text, and the others numbers."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(Text(column), justify="left" if index < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def policy(view: View | None) -> str:
+    """Return a policy as it is written in Python."""
+    match view:
+        case {"kind": "sync", "workers": workers, "min_workers": least, "timeout_ms": timeout}:
+            words = [f"workers={workers}"]
+            words += [f"min_workers={least}"] if least is not None else []
+            words += [f"timeout={timeout / 1000:g}"] if timeout is not None else []
+            return f"Sync({', '.join(words)})"
+        case {"kind": "async", "max_staleness": staleness}:
+            return "Async()" if staleness is None else f"Async(max_staleness={staleness})"
+    return "-"
+
+
+def _workers(view: View) -> str:
+    wanted = (view["policy"] or {}).get("workers")
+    return f"{view['live_workers']}/{wanted}" if wanted is not None else str(view["live_workers"])
+
+
+def hosted(summaries: Sequence[View]) -> Table:
+    """Draw the list of hosted optimizers."""
+    columns = ("name", "class", "policy", "device", "version", "workers", "tensors", "elements", "size", "ephemeral")
+    rows = (
+        (
+            clean(view["name"]),
+            clean(view["optimizer"]),
+            policy(view["policy"]),
+            clean(view["device"]),
+            str(view["version"]),
+            _workers(view),
+            str(view["parameters"]),
+            f"{view['elements']:,}",
+            size(view["parameter_bytes"]),
+            "yes" if view["ephemeral"] else "no",
+        )
+        for view in summaries
+    )
+    return _table(columns, rows, left=4)
+
+
+def description(view: View, rate: float | None = None) -> Group:
+    """Draw a hosted optimizer in full. ``rate``: steps per second, where it is known."""
+    parts: list[RenderableType] = [_head(view, rate)]
+    parts += [Text(), _worker_table(view["workers"])] if view["workers"] else [Text("\nno workers")]
+    parts += [part for table in _group_tables(view["groups"]) for part in (Text(), table)]
+    if view["parameters"]:
+        parts += [Text(), _parameter_table(view["parameters"])]
+    return Group(*parts)
+
+
+def _head(view: View, rate: float | None) -> Text:
+    line = view["summary"]
+    step = f", last step {view['last_step_seconds'] * 1000:.3g} ms" if view["last_step_seconds"] else ""
+    step += f", {rate:.3g} steps/s" if rate is not None else ""
+    kept = "ephemeral" if line["ephemeral"] else "kept"
+    head = Text(clean(line["name"]), style="bold")
+    count = f"{line['parameters']} tensors, {line['elements']:,} elements"
+    memory = f"{size(line['parameter_bytes'])} of parameters, {size(view['state_bytes'])} of state"
+    rows = (
+        f"  {clean(line['optimizer'])}  version {line['version']}  {policy(line['policy'])}",
+        f"\n{kept} on {clean(line['device'])}; lineage {clean(line['lineage'])}, incarnation {line['incarnation']}",
+        f"\n{count}, {memory}{step}",
+        f"\n{view['stale_contributions']} stale contributions" if view["stale_contributions"] else "",
+    )
+    for row in rows:
+        head.append(row, style="not bold")
+    return head
+
+
+def one_line(view: View, rate: float | None) -> str:
+    """Return a description in a line, for a watch that is piped."""
+    line = view["summary"]
+    words = [clean(line["name"]), f"version {line['version']}", f"workers {_workers(line)}"]
+    words += [f"last step {view['last_step_seconds'] * 1000:.3g} ms"]
+    words += [f"{rate:.3g} steps/s"] if rate is not None else []
+    return "  ".join(words)
+
+
+def _worker_table(workers: Sequence[View]) -> Table:
+    columns = ("worker", "standing", "version", "contributions", "abstentions", "stale", "epoch", "lease")
+    rows = (
+        (
+            clean(view["id"]),
+            view["standing"],
+            str(view["version"]),
+            str(view["contributions"]),
+            str(view["abstentions"]),
+            str(view["stale"]),
+            str(view["epoch"]),
+            f"{view['lease_seconds']:.1f} s" if isinstance(view["lease_seconds"], float) else view["lease_seconds"],
+        )
+        for view in workers
+    )
+    return _table(columns, rows, left=2)
+
+
+def _group_tables(groups: Sequence[View]) -> list[Table]:
+    """Draw options down and groups across, a few groups to a table."""
+    tables = []
+    for start in range(0, len(groups), _GROUPS_PER_TABLE):
+        part = groups[start : start + _GROUPS_PER_TABLE]
+        names = list(dict.fromkeys(name for group in part for name in group["options"]))
+        rows = [["tensors", *(str(group["parameters"]) for group in part)]]
+        rows += [[clean(name), *(_option(group["options"], name) for group in part)] for name in names]
+        tables.append(_table(["option", *(f"group {start + index}" for index in range(len(part)))], rows))
+    return tables
+
+
+def _option(options: View, name: str) -> str:
+    return text(options[name]) if name in options else "-"
+
+
+def _parameter_table(parameters: Sequence[View]) -> Table:
+    names = list(dict.fromkeys(name for row in parameters for name in row["state"]))
+    columns = ["parameter", "shape", "dtype", "group", "norm", "grad norm", *(clean(name) for name in names)]
+    rows = (
+        [
+            clean(row["key"]),
+            "×".join(map(str, row["shape"])) or "()",
+            clean(row["dtype"]),
+            str(row["group"]),
+            _norm(row["norm"]),
+            _norm(row["gradient_norm"]),
+            *(_state(row["state"].get(name)) for name in names),
+        ]
+        for row in parameters
+    )
+    return _table(columns, rows, left=3)
+
+
+def _norm(value: float | str | None) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _state(view: View | None) -> str:
+    if view is None:
+        return "-"
+    return text(view["value"]) if view["norm"] is None else _norm(view["norm"])
+
+
+def snapshots(views: Sequence[View]) -> Table:
+    """Draw the list of snapshots."""
+    rows = (
+        (
+            clean(view["tag"] or "-"),
+            _when(view["created_unix"]),
+            str(view["version"]),
+            size(view["size_bytes"]),
+            str(view["incarnation"]),
+        )
+        for view in views
+    )
+    return _table(("tag", "written", "version", "size", "incarnation"), rows, left=2)
+
+
+def _when(seconds: float | str) -> str:
+    if isinstance(seconds, str):
+        return seconds
+    return datetime.fromtimestamp(seconds, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def checks(views: Sequence[View]) -> Table:
+    """Draw what the doctor found."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    styles = {"ok": "green", "warning": "yellow", "failed": "bold red"}
+    for view in views:
+        advice = f"\n{clean(view['advice'])}" if view["advice"] else ""
+        status = Text(view["status"], style=styles[view["status"]])
+        table.add_row(status, Text(view["check"]), Text(clean(view["detail"]) + advice))
+    return table

@@ -1,0 +1,152 @@
+"""What ``--json`` prints: the server's replies as plain dicts with stable keys. ``None`` means "there is none".
+
+Keys are only ever added. The texts ``*_KEYS`` stand in ``--help``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from farstep.cli._values import number, plain, plain_map
+from farstep_wire.v1 import checkpoint_pb2 as cpb
+from farstep_wire.v1 import common_pb2 as pb
+from farstep_wire.v1 import inspection_pb2 as ipb
+
+View = dict[str, Any]
+
+SUMMARY_KEYS = """\
+  summary:  name, optimizer, version, live_workers, parameters, elements, parameter_bytes, policy, ephemeral, device,
+            lineage, incarnation
+  policy:   kind ("sync": workers, min_workers, timeout_ms; "async": max_staleness)"""
+LIST_KEYS = f"""\
+--json prints one object: server, optimizers (a list of summary)
+{SUMMARY_KEYS}"""
+DESCRIPTION_KEYS = f"""\
+--json prints one object: summary, workers, groups, parameters, state_bytes, arguments, last_step_seconds,
+stale_contributions. Floats that are not finite are the texts "nan", "inf" and "-inf"; null: there is none.
+{SUMMARY_KEYS}
+  workers:     id, standing ("computing", "waiting", "expired", "left"), version, contributions, abstentions, stale,
+               epoch, lease_seconds
+  groups:      parameters (how many), options (by name)
+  parameters:  key, group, shape, dtype, norm, gradient_norm, state (by name: value, shape, dtype, norm)"""
+SNAPSHOT_KEYS = "snapshot: name, version, tag, created_unix, size_bytes, lineage, incarnation"
+
+
+def policy(message: pb.Policy) -> View | None:
+    """Return a policy; None where the server sent none."""
+    match message.WhichOneof("kind"):
+        case "sync":
+            sync = message.sync
+            least, timeout = sync.min_workers or None, sync.timeout_ms or None
+            return {"kind": "sync", "workers": sync.workers, "min_workers": least, "timeout_ms": timeout}
+        case "async":
+            relaxed = getattr(message, "async")
+            staleness = relaxed.max_staleness if relaxed.HasField("max_staleness") else None
+            return {"kind": "async", "max_staleness": staleness}
+    return None
+
+
+def summary(message: ipb.Summary) -> View:
+    """Return a hosted optimizer in a line."""
+    return {
+        "name": message.name,
+        "optimizer": message.optimizer,
+        "version": message.version,
+        "live_workers": message.live_workers,
+        "parameters": message.parameters,
+        "elements": message.elements,
+        "parameter_bytes": message.parameter_bytes,
+        "policy": policy(message.policy),
+        "ephemeral": message.ephemeral,
+        "device": message.device,
+        "lineage": message.lineage,
+        "incarnation": message.incarnation,
+    }
+
+
+def worker(message: ipb.Worker) -> View:
+    """Return a worker."""
+    return {
+        "id": message.id,
+        "standing": _standing(message.standing),
+        "version": message.version,
+        "contributions": message.contributions,
+        "abstentions": message.abstentions,
+        "stale": message.stale,
+        "epoch": message.epoch,
+        "lease_seconds": number(message.lease_seconds),
+    }
+
+
+def _standing(value: ipb.Worker.Standing.ValueType) -> str:
+    if value not in ipb.Worker.Standing.values():
+        return str(int(value))
+    return ipb.Worker.Standing.Name(value).removeprefix("STANDING_").lower()
+
+
+def parameter(message: ipb.ParameterRow) -> View:
+    """Return a parameter with its norms."""
+    return {
+        "key": message.key,
+        "group": message.group,
+        "shape": list(message.spec.shape),
+        "dtype": message.spec.dtype,
+        "norm": number(message.norm),
+        "gradient_norm": number(message.gradient_norm) if message.HasField("gradient_norm") else None,
+        "state": {row.name: _state(row) for row in message.state},
+    }
+
+
+def _state(row: ipb.StateRow) -> View:
+    if row.HasField("spec"):
+        return {"value": None, "shape": list(row.spec.shape), "dtype": row.spec.dtype, "norm": number(row.norm)}
+    return {"value": plain(row.value), "shape": None, "dtype": None, "norm": None}
+
+
+def description(message: ipb.Description) -> View:
+    """Return a hosted optimizer in full."""
+    sizes = list(message.group_sizes) + [0] * (len(message.groups) - len(message.group_sizes))
+    return {
+        "summary": summary(message.summary),
+        "workers": [worker(item) for item in message.workers],
+        "groups": [
+            {"parameters": size, "options": plain_map(options)}
+            for size, options in zip(sizes, message.groups, strict=False)
+        ],
+        "parameters": [parameter(item) for item in message.parameters],
+        "state_bytes": message.state_bytes,
+        "arguments": plain_map(message.arguments),
+        "last_step_seconds": number(message.last_step_seconds),
+        "stale_contributions": message.stale_contributions,
+    }
+
+
+def snapshot(message: cpb.SnapshotInfo) -> View:
+    """Return a snapshot."""
+    return {
+        "name": message.name,
+        "version": message.version,
+        "tag": message.tag or None,
+        "created_unix": number(message.created_unix),
+        "size_bytes": message.size_bytes,
+        "lineage": message.lineage,
+        "incarnation": message.incarnation,
+    }
+
+
+def server(message: ipb.ServerInfo) -> View:
+    """Return what a server is."""
+    return {
+        "version": message.version,
+        "protocol": message.protocol,
+        "oldest_protocol": message.oldest_protocol,
+        "device": message.device,
+        "torch_version": message.torch_version,
+        "uptime_seconds": number(message.uptime_seconds),
+        "hosted": message.hosted,
+        "optimizers": list(message.optimizers),
+        "durable": message.durable,
+        "limit_bytes": message.limit_bytes or None,
+        "used_bytes": message.used_bytes,
+        "draining": message.draining,
+    }
