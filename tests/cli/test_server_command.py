@@ -8,6 +8,7 @@ import sys
 from types import ModuleType
 
 import pytest
+
 from farstep_server import cli
 from farstep_server.config import FIELDS, ServerConfig
 

@@ -6,6 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+
 from farstep_server import config as config_module
 from farstep_server.config import FIELDS, ServerConfig, load_config, machine_memory_bytes
 from farstep_wire.errors import ConfigurationError

@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+
 from farstep_server.logs import configure_logging, log_event
 
 LOGGER = logging.getLogger("farstep_server.test")

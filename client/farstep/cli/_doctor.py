@@ -116,7 +116,11 @@ def _no_answer(report: Report, error: FarstepError) -> None:
             _REFUSED,
         )
     else:
-        report.fail("server", str(error), "", _UNAVAILABLE if isinstance(error, UnavailableError) else _REFUSED)
+        report.fail("server", str(error), "", _code(error))
+
+
+def _code(error: FarstepError) -> int:
+    return _UNAVAILABLE if isinstance(error, UnavailableError) else _REFUSED
 
 
 def _versions(report: Report, info: ipb.ServerInfo) -> None:
@@ -159,7 +163,7 @@ def _service(report: Report, client: Client, info: ipb.ServerInfo) -> None:
     except ProtocolError:
         report.warn("health", "the server has no health service", "Load balancers and orchestrators cannot ask it")
     except FarstepError as error:
-        report.fail("health", str(error), "", _UNAVAILABLE)
+        report.fail("health", str(error), "", _code(error))
     else:
         if status == "SERVING":
             report.fine("health", "the health service says SERVING")
@@ -192,7 +196,7 @@ def _round_trips(report: Report, client: Client, count: int) -> None:
             client.server()
             times.append((time.perf_counter() - begin) * 1000)
     except FarstepError as error:
-        report.fail("round trip", f"after {len(times)} round trips: {error}", "", _UNAVAILABLE)
+        report.fail("round trip", f"number {len(times) + 1} of {count}: {error}", "", _code(error))
         return
     times.sort()
     p50, p99 = percentile(times, 50), percentile(times, 99)

@@ -17,10 +17,17 @@ _GROUPS_PER_TABLE = 6
 _PIPE_WIDTH = 1000
 
 
+class _Console(Console):
+    """Leaves it to the command what a closed pipe means; rich itself would end the process with 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def console() -> Console:
     """Return stdout. Where it is not a terminal a row is never folded, so that it can be searched line by line."""
-    plain = Console(markup=False, highlight=False, emoji=False)
-    return plain if plain.is_terminal else Console(markup=False, highlight=False, emoji=False, width=_PIPE_WIDTH)
+    plain = _Console(markup=False, highlight=False, emoji=False)
+    return plain if plain.is_terminal else _Console(markup=False, highlight=False, emoji=False, width=_PIPE_WIDTH)
 
 
 def size(count: int) -> str:

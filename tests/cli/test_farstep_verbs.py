@@ -1,0 +1,375 @@
+"""The command ``farstep`` against a server whose answers are known: every verb, in text and in JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import pytest
+
+from farstep.cli import _client, main
+from farstep_wire.errors import RemovedError
+from farstep_wire.v1 import common_pb2 as pb
+from farstep_wire.v1 import inspection_pb2 as ipb
+
+from .conftest import description, options, refuse, snapshot, summary
+
+SUMMARY = {
+    "name": "resnet50",
+    "optimizer": "AdamW",
+    "version": 120,
+    "live_workers": 1,
+    "parameters": 2,
+    "elements": 1234567,
+    "parameter_bytes": 4938268,
+    "policy": {"kind": "sync", "workers": 2, "min_workers": None, "timeout_ms": 1500},
+    "ephemeral": False,
+    "device": "cuda:0",
+    "lineage": "1f3a",
+    "incarnation": 2,
+}
+SNAPSHOT = {
+    "name": "resnet50",
+    "version": 120,
+    "tag": "best",
+    "created_unix": 1.7e9 + 120,
+    "size_bytes": 3 * 2**20,
+    "lineage": "1f3a",
+    "incarnation": 2,
+}
+
+
+def parsed(capsys):
+    return json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+
+
+def rows(capsys) -> dict[str, list[str]]:
+    """Return the printed lines' words by their first word."""
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    return {words[0]: words for words in lines if words}
+
+
+def test_ls(fake, capsys) -> None:
+    assert main(["ls", "--json"]) == 0
+    assert parsed(capsys) == {"server": fake.address, "optimizers": [SUMMARY]}
+    assert main(["ls"]) == 0
+    words = [
+        "resnet50",
+        "AdamW",
+        "Sync(workers=2,",
+        "timeout=1.5)",
+        "cuda:0",
+        "120",
+        "1/2",
+        "2",
+        "1,234,567",
+        "4.7",
+        "MiB",
+        "no",
+    ]
+    assert rows(capsys)["resnet50"] == words
+
+
+def test_ls_of_nothing(fake, capsys) -> None:
+    fake.answers["List"] = ipb.ListReply()
+    assert main(["ls"]) == 0
+    assert capsys.readouterr().out == f"nothing is hosted at {fake.address}\n"
+    assert main(["ls", "--json"]) == 0
+    assert parsed(capsys)["optimizers"] == []
+
+
+@pytest.mark.parametrize(
+    ("policy", "view", "text"),
+    [
+        (pb.Policy(sync=pb.Sync(workers=3, min_workers=2)), ("sync", 3, 2, None), "Sync(workers=3, min_workers=2)"),
+        (pb.Policy(**{"async": pb.Async()}), ("async", None), "Async()"),
+        (pb.Policy(**{"async": pb.Async(max_staleness=0)}), ("async", 0), "Async(max_staleness=0)"),
+        (pb.Policy(), None, " - "),
+    ],
+)
+def test_policies(fake, capsys, policy, view, text) -> None:
+    line = summary()
+    line.policy.CopyFrom(policy)
+    fake.answers["List"] = ipb.ListReply(optimizers=[line])
+    assert main(["ls", "--json"]) == 0
+    seen = parsed(capsys)["optimizers"][0]["policy"]
+    assert (None if seen is None else tuple(seen.values())) == view
+    assert main(["ls"]) == 0
+    assert text in capsys.readouterr().out
+
+
+def test_show_json(fake, capsys) -> None:
+    assert main(["show", "resnet50", "--json"]) == 0
+    moment = {"value": None, "shape": [3, 4], "dtype": "float32", "norm": 0.25}
+    assert parsed(capsys) == {
+        "summary": SUMMARY,
+        "workers": [
+            {
+                "id": "0",
+                "standing": "waiting",
+                "version": 120,
+                "contributions": 119,
+                "abstentions": 0,
+                "stale": 0,
+                "epoch": 1,
+                "lease_seconds": 0.0,
+            },
+            {
+                "id": "1",
+                "standing": "expired",
+                "version": 0,
+                "contributions": 0,
+                "abstentions": 3,
+                "stale": 2,
+                "epoch": 0,
+                "lease_seconds": -4.5,
+            },
+        ],
+        "groups": [
+            {"parameters": 1, "options": {"lr": 0.0003, "betas": [0.9, 0.999], "foreach": None}},
+            {
+                "parameters": 1,
+                "options": {
+                    "lr": {"tensor": "float32", "shape": [], "value": 0.5},
+                    "betas": [0.9, 0.999],
+                    "fused": True,
+                },
+            },
+        ],
+        "parameters": [
+            {
+                "key": "conv.weight",
+                "group": 0,
+                "shape": [3, 4],
+                "dtype": "float32",
+                "norm": 1.5,
+                "gradient_norm": 0.125,
+                "state": {
+                    "step": {"value": 120.0, "shape": None, "dtype": None, "norm": None},
+                    "exp_avg": moment,
+                },
+            },
+            {
+                "key": "scale",
+                "group": 1,
+                "shape": [],
+                "dtype": "bfloat16",
+                "norm": "nan",
+                "gradient_norm": None,
+                "state": {},
+            },
+        ],
+        "state_bytes": 2048,
+        "arguments": {"lr": 0.001},
+        "last_step_seconds": 0.0031,
+        "stale_contributions": 2,
+    }
+
+
+def test_show(fake, capsys) -> None:
+    assert main(["show", "resnet50"]) == 0
+    out = capsys.readouterr().out
+    for text in ("AdamW  version 120  Sync(workers=2, timeout=1.5)", "kept on cuda:0; lineage 1f3a, incarnation 2"):
+        assert text in out
+    assert "1,234,567 elements, 4.7 MiB of parameters, 2.0 KiB of state, last step 3.1 ms" in out
+    assert "2 stale contributions" in out
+    lines = {words[0]: words for line in out.splitlines() if (words := line.split())}
+    assert lines["0"] == ["0", "waiting", "120", "119", "0", "0", "1", "0.0", "s"]
+    assert lines["1"] == ["1", "expired", "0", "0", "3", "2", "0", "-4.5", "s"]
+    assert lines["lr"] == ["lr", "0.0003", "tensor(0.5)"]
+    assert lines["betas"] == ["betas", "(0.9,", "0.999)", "(0.9,", "0.999)"]
+    assert lines["foreach"] == ["foreach", "None", "-"]
+    assert lines["parameter"] == ["parameter", "shape", "dtype", "group", "norm", "grad", "norm", "step", "exp_avg"]
+    assert lines["conv.weight"] == ["conv.weight", "3×4", "float32", "0", "1.5", "0.125", "120", "0.25"]
+    assert lines["scale"] == ["scale", "()", "bfloat16", "1", "nan", "-", "-", "-"]
+
+
+def test_show_without_the_table_does_not_ask_for_it(fake, capsys) -> None:
+    assert main(["show", "resnet50", "--no-parameters", "--json"]) == 0
+    assert parsed(capsys)["parameters"] == []
+    assert [request.parameters for request in fake.requests("Describe")] == [False]
+
+
+def test_many_groups_go_to_several_tables(fake, capsys) -> None:
+    groups = [options(lr=pb.Value(real=float(n))) for n in range(8)]
+    fake.answers["Describe"] = ipb.Description(summary=summary(), groups=groups, group_sizes=[2] * 8)
+    assert main(["show", "x"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [words for words in lines if words[:1] == ["lr"]] == [["lr", *"012345"], ["lr", "6", "7"]]
+
+
+@pytest.mark.parametrize(
+    ("value", "plain", "text"),
+    [
+        (pb.Value(real=float("-inf")), "-inf", "-inf"),
+        (pb.Value(integer=-3), -3, "-3"),
+        (pb.Value(text="max"), "max", "max"),
+        (pb.Value(complex=pb.Complex(real=1, imaginary=-2)), {"complex": [1, -2]}, "1+-2j"),
+        (pb.Value(map=options(a=pb.Value(integer=1))), {"a": 1}, "a=1"),
+        (pb.Value(list=pb.ValueList()), [], "()"),
+        (
+            pb.Value(tensor=pb.Tensor(spec=pb.TensorSpec(dtype="bfloat16", shape=[1]), data=b"\x80\x3f")),
+            {"tensor": "bfloat16", "shape": [1], "value": 1.0},
+            "tensor(1)",
+        ),
+        (
+            pb.Value(tensor=pb.Tensor(spec=pb.TensorSpec(dtype="int64", shape=[2]), data=bytes(16))),
+            {"tensor": "int64", "shape": [2], "value": None},
+            "tensor(2,)",
+        ),
+    ],
+)
+def test_values(fake, capsys, value, plain, text) -> None:
+    fake.answers["Describe"] = ipb.Description(summary=summary(), groups=[options(it=value)], group_sizes=[1])
+    assert main(["show", "x", "--json"]) == 0
+    assert parsed(capsys)["groups"][0]["options"] == {"it": plain}
+    assert main(["show", "x"]) == 0
+    assert " ".join(rows(capsys)["it"][1:]) == text
+
+
+def test_what_the_server_says_cannot_steer_the_terminal(fake, capsys) -> None:
+    fake.answers["List"] = ipb.ListReply(optimizers=[summary(name="\x1b[31mred\x1b]0;x\x07 [bold]b[/bold]")])
+    assert main(["ls"]) == 0
+    out = capsys.readouterr().out
+    assert r"\x1b[31mred\x1b]0;x\x07 [bold]b[/bold]" in out
+    assert "\x1b" not in out
+    fake.answers["List"] = refuse(RemovedError("gone\n\x1b[2J"))
+    assert main(["ls"]) == 4
+    assert capsys.readouterr().err == "farstep: gone\\n\\x1b[2J\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        (["show", "a", "--server", "{}#b"], "a"),
+        (["show", "--server", "{}#b"], "b"),
+        (["--server", "{}#run/0", "show"], "run/0"),
+        (["--server", "{}#x", "show", "--server", "{}#y"], "y"),
+    ],
+)
+def test_a_name_in_the_address_stands_for_one_that_is_not_given(fake, monkeypatch, argv, name) -> None:
+    monkeypatch.setenv("FARSTEP_REMOTE", "unix:/nowhere#nothing")
+    assert main([word.format(fake.address) for word in argv]) == 0
+    assert [request.name for request in fake.requests("Describe")] == [name]
+
+
+def test_watch_json_prints_one_line_per_description(fake, capsys) -> None:
+    assert main(["watch", "resnet50", "--json", "--count", "2", "--interval", "0.25"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["summary"]["version"] for line in lines] == [120, 121]
+    assert set(lines[0]) == {*map(str, ipb.Description.DESCRIPTOR.fields_by_name)} - {"group_sizes"}
+    assert [request.interval_ms for request in fake.requests("Watch")] == [250]
+
+
+def test_watch_without_a_terminal_prints_a_line_each(fake, capsys) -> None:
+    assert main(["watch", "resnet50", "--count", "3"]) == 0
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first == "resnet50  version 120  workers 1/2  last step 3.1 ms"
+    assert second.startswith("resnet50  version 121  workers 1/2  last step 3.1 ms  ")
+    assert third.endswith(" steps/s")
+    assert not any(request.parameters for request in fake.requests("Watch"))
+
+
+def test_watch_on_a_terminal_draws_tables(fake, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("LINES", "60")
+    assert main(["watch", "resnet50", "--count", "3"]) == 0
+    out = capsys.readouterr().out
+    for text in ("version 120", "version 122", "conv.weight", "steps/s", "waiting"):
+        assert text in out
+    assert all(request.parameters for request in fake.requests("Watch"))
+
+
+def test_an_idle_watch_goes_on_past_its_calls_deadline(fake, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(_client, "_SEGMENT_SECONDS", 0.3)
+
+    def one_then_silence(request, context):
+        yield description(120)
+        fake.hang()
+
+    fake.answers["Watch"] = one_then_silence
+    assert main(["watch", "resnet50", "--count", "2", "--interval", "0.01"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert len(fake.requests("Watch")) == 2
+
+
+def test_a_watch_ends_with_its_optimizer(fake, capsys) -> None:
+    def one_then_gone(request, context):
+        yield description(120)
+        refuse(RemovedError("'resnet50' was removed"))(request, context)
+
+    fake.answers["Watch"] = one_then_gone
+    assert main(["watch", "resnet50"]) == 4
+    assert capsys.readouterr().err == "farstep: 'resnet50' was removed\n"
+
+
+def test_a_watch_that_the_server_ends_is_said_to_have_ended(fake, capsys) -> None:
+    assert main(["watch", "resnet50"]) == 3
+    assert "ended the watch" in capsys.readouterr().err
+
+
+def test_rm_yes(fake, capsys) -> None:
+    assert main(["rm", "resnet50", "--yes", "--snapshots"]) == 0
+    assert capsys.readouterr().out == "removed resnet50 at version 120, and 3 snapshots\n"
+    assert fake.requests("Remove") == [ipb.RemoveRequest(name="resnet50", snapshots=True)]
+    assert main(["rm", "resnet50", "--yes", "--json"]) == 0
+    assert parsed(capsys) == {"name": "resnet50", "version": 120, "snapshots": 3}
+    assert fake.requests("Remove")[1] == ipb.RemoveRequest(name="resnet50")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("said", "code", "removed"), [("y\n", 0, 1), ("YES\n", 0, 1), ("n\n", 130, 0), ("", 130, 0)])
+def test_rm_asks(fake, capsys, monkeypatch, said, code, removed) -> None:
+    monkeypatch.setattr(sys, "stdin", Terminal(said))
+    assert main(["rm", "resnet50"]) == code
+    assert "Remove resnet50 (AdamW, version 120, 1 live workers)? [y/N]" in capsys.readouterr().err
+    assert len(fake.requests("Remove")) == removed
+
+
+def test_rm_without_a_terminal_wants_yes(fake, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+    assert main(["rm", "resnet50"]) == 2
+    assert "--yes" in capsys.readouterr().err
+    assert fake.requests("Remove") == []
+
+
+def test_checkpoint_save(fake, capsys) -> None:
+    assert main(["checkpoint", "save", "resnet50", "--tag", "best", "--json"]) == 0
+    assert parsed(capsys) == SNAPSHOT
+    assert main(["checkpoint", "save", "resnet50"]) == 0
+    assert capsys.readouterr().out == "saved resnet50 at version 120, 3.0 MiB\n"
+    assert [request.tag for request in fake.requests("Save")] == ["best", ""]
+
+
+def test_checkpoint_list(fake, capsys) -> None:
+    assert main(["checkpoint", "list", "resnet50", "--json"]) == 0
+    listed = parsed(capsys)
+    assert listed["name"] == "resnet50"
+    assert listed["snapshots"] == [{**SNAPSHOT, "version": 100, "tag": None, "created_unix": 1.7e9 + 100}, SNAPSHOT]
+    assert main(["checkpoint", "list", "resnet50"]) == 0
+    assert rows(capsys)["best"][3:] == ["120", "3.0", "MiB", "2"]
+    assert main(["checkpoint", "list", "resnet50", "--version", "100"]) == 0
+    assert "best" not in capsys.readouterr().out
+    assert main(["checkpoint", "list", "resnet50", "--tag", "none"]) == 0
+    assert capsys.readouterr().out == "no snapshots of resnet50\n"
+
+
+def test_checkpoint_restore(fake, capsys) -> None:
+    assert main(["checkpoint", "restore", "resnet50", "--version", "0", "--json"]) == 0
+    assert parsed(capsys)["version"] == 0
+    assert main(["checkpoint", "restore", "resnet50", "--tag", "best"]) == 0
+    assert capsys.readouterr().out == "restored resnet50 to version 120 (tag best); incarnation 2 began\n"
+    assert main(["checkpoint", "restore", "resnet50"]) == 0
+    asked = [(request.tag, request.HasField("version")) for request in fake.requests("Restore")]
+    assert asked == [("", True), ("best", False), ("", False)]
+
+
+def test_a_snapshot_without_a_tag_says_so(fake, capsys) -> None:
+    fake.answers["Save"] = snapshot()
+    assert main(["checkpoint", "save", "resnet50", "--json"]) == 0
+    assert parsed(capsys) == {**SNAPSHOT, "tag": None}
