@@ -1,4 +1,10 @@
-"""The owner of a hosted optimizer: the one thread that mutates it, fed by a queue."""
+"""The owner of a hosted optimizer: it alone mutates it, one event after another.
+
+Events go through a queue to the owner's thread. For a small model handing over to another thread and back would take as long
+as the step; there a contribution that finds the owner idle is handled on the thread that brings it. Either way exactly one
+thread at a time is inside, held by ``_turn``. Large models always step on the owner's thread, whose pool of intra-op threads
+is then the only one.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +21,9 @@ from farstep_server.logs import log_event
 from farstep_wire.errors import DeadlineError, FarstepError, InternalError, RemovedError
 
 _LOGGER = logging.getLogger(__name__)
+
+INLINE_BYTES = 1024 * 1024
+"""Parameters of hosted optimizers whose contributions may be handled on the session's thread."""
 
 ReplyKind = TypeVar("ReplyKind")
 
@@ -52,16 +61,35 @@ class Owner:
         self._ended = False
         self._error: FarstepError = RemovedError(f"{self.name!r} is no longer hosted here")
         self._posting = threading.Lock()
+        self._turn = threading.Lock()
+        self._wakes_at = 0.0
         self._thread = threading.Thread(target=self._run, name=f"farstep-owner:{self.name}", daemon=True)
         self._thread.start()
 
     def post(self, event: ev.Event) -> None:
         """Hand over an event; after the end it is refused at once."""
+        if isinstance(event, (ev.Contribution, ev.Evaluation)) and self._handled_inline(event):
+            return
         with self._posting:
             if not self._ended:
                 self._queue.put(event)
                 return
         self._refuse(event)
+
+    def _handled_inline(self, event: ev.Event) -> bool:
+        small = self.hosted.engine.store.nbytes <= INLINE_BYTES
+        if not small or not self._queue.empty() or not self._turn.acquire(blocking=False):
+            return False
+        try:
+            if self._ended:
+                return False
+            self._handle(event)
+            deadline = self.hosted.next_deadline()
+        finally:
+            self._turn.release()
+        if deadline is not None and deadline < self._wakes_at:
+            self._queue.put(ev.Tick())
+        return True
 
     def ask(self, make: Callable[[ev.Ticket], ev.Event], kind: type[ReplyKind], timeout_seconds: float) -> ReplyKind:
         """Post an event and wait for its reply."""
@@ -82,16 +110,19 @@ class Owner:
         stopped = False
         while not stopped and not self.hosted.abandoned:
             event = self._next_event()
-            self._handle(event)
+            with self._turn:
+                self._handle(event)
             stopped = isinstance(event, ev.Stop)
-        with self._posting:
+        with self._posting, self._turn:
             self._ended = True
         while not self._queue.empty():
             self._refuse(self._queue.get())
         self._on_end(self)
 
     def _next_event(self) -> ev.Event:
-        deadline = self.hosted.next_deadline()
+        with self._turn:
+            deadline = self.hosted.next_deadline()
+            self._wakes_at = float("inf") if deadline is None else deadline
         if deadline is None:
             return self._queue.get()
         try:

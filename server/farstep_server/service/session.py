@@ -1,8 +1,9 @@
 """One worker's session: a reader that turns frames into events, and a writer that turns replies into frames.
 
-The reader runs on a thread of its own, so that heartbeats and a client's departure are seen while a round is awaited. The
-gRPC handler's thread is the writer: it waits on the outbox and yields frames. The outbox is closed by whichever side ends
-first, so neither can wait for the other.
+A session begins on one thread, gRPC's own: it reads a request and yields the reply, with no hand-over in between. The first
+reply that is not there at once (a round waits for other workers) splits it for good: reading goes on in a thread of its own,
+so that heartbeats and the client's departure are seen meanwhile, and gRPC's thread waits on the outbox and yields frames. The
+outbox is closed by whichever side ends first, so neither can wait for the other.
 """
 
 from __future__ import annotations
@@ -84,23 +85,29 @@ class Session:
         self._pending: Request | None = None
         self._incoming: Incoming | None = None
         self._number = 0
+        self._awaited = 0
 
     def frames(self) -> Iterator[bytes]:
         """Yield the frames of the replies, each as soon as it is there."""
         self._directory.session_opened()
-        threading.Thread(target=self._read, name="farstep-session", daemon=True).start()
+        while self._read_one():
+            while not self._outbox.empty():
+                item = self._outbox.get()
+                if item is None:
+                    self._end()
+                    return
+                self._awaited -= 1
+                yield from _encoded(item)
+            if self._awaited > 0:
+                break
+        else:
+            self._end()
+            while not self._outbox.empty() and (item := self._outbox.get()) is not None:
+                yield from _encoded(item)
+            return
+        threading.Thread(target=self._read_all, name="farstep-session", daemon=True).start()
         while (item := self._outbox.get()) is not None:
-            first, reply = item
-            if isinstance(first, pb.ServerFrame):
-                yield first.SerializeToString()
-                continue
-            assert reply is not None, "a numbered item has a reply"
-            frame, body = encode_reply(first, reply)
-            try:
-                yield from encode(frame, body)
-            finally:
-                if isinstance(body, ParameterReader):
-                    body.close()
+            yield from _encoded(item)
 
     def close(self) -> None:
         """End the session; may be called from any thread, and more than once."""
@@ -108,20 +115,27 @@ class Session:
 
     # The reader.
 
-    def _read(self) -> None:
+    def _read_one(self) -> bool:
+        """Take one frame; return whether the session goes on."""
         try:
-            for data in self._requests:
-                if not self._take(data):
-                    break
+            data = next(self._requests, None)
+            return data is not None and self._take(data)
         except Exception as error:
             if self._is_active():
                 _LOGGER.exception("event=session_failed")
                 self._refuse(InternalError(f"{type(error).__name__}: {error}"))
-        finally:
-            if self._creation is not None:
-                self._directory.release(self._creation.blueprint.name, self._creation.attach.worker)
-            self._directory.session_closed()
-            self.close()
+            return False
+
+    def _read_all(self) -> None:
+        while self._read_one():
+            pass
+        self._end()
+
+    def _end(self) -> None:
+        if self._creation is not None:
+            self._directory.release(self._creation.blueprint.name, self._creation.attach.worker)
+        self._directory.session_closed()
+        self.close()
 
     def _take(self, data: bytes) -> bool:
         """Take one frame; return whether the session goes on. A malformed frame ends it, a refused request does not."""
@@ -160,6 +174,7 @@ class Session:
         return NO_LAYOUT if self._creation is None else self._creation.blueprint.layout
 
     def _refuse(self, error: FarstepError) -> None:
+        self._awaited = max(self._awaited, 1)
         self._outbox.put((self._number, ev.Refusal(error)))
 
     def _guarded(self, request: Request) -> None:
@@ -185,6 +200,7 @@ class Session:
             seat.owner.post(ev.Touch(seat.worker, seat.epoch))
             return
         ticket = SessionTicket(self._outbox, self._number)
+        self._awaited += 1
         if request.kind == "leave":
             seat.owner.post(ev.Leave(ticket, seat.worker, seat.epoch))
         else:
@@ -209,7 +225,7 @@ class Session:
             frame = pb.ServerFrame(
                 request=self._number, attached=pb.Attached(outcome=pb.Attached.OUTCOME_UPLOAD)
             )
-            self._outbox.put((frame, None))
+            self._answer(frame)
         else:
             self._join(owner, blueprint, attach, None)
 
@@ -233,7 +249,25 @@ class Session:
         self._seat = _Seat(owner, attach.worker, reply.epoch)
         joined = pb.Attached.OUTCOME_RESUMED if reply.resumed else pb.Attached.OUTCOME_JOINED
         frame = pb.ServerFrame(request=self._number, attached=attached(reply, joined if outcome is None else outcome))
+        self._answer(frame)
+
+    def _answer(self, frame: pb.ServerFrame) -> None:
+        self._awaited += 1
         self._outbox.put((frame, None))
+
+
+def _encoded(item: tuple[pb.ServerFrame, None] | tuple[int, ev.Reply]) -> Iterator[bytes]:
+    first, reply = item
+    if isinstance(first, pb.ServerFrame):
+        yield first.SerializeToString()
+        return
+    assert reply is not None, "a numbered item has a reply"
+    frame, body = encode_reply(first, reply)
+    try:
+        yield from encode(frame, body)
+    finally:
+        if isinstance(body, ParameterReader):
+            body.close()
 
 
 def _check_protocol(attach: pb.Attach) -> None:
