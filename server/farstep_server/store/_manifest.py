@@ -84,7 +84,7 @@ def check_info(info: SnapshotInfo) -> None:
 
 
 def check_json(value: object, where: str) -> None:
-    """TypeError names the place of a value that would not come back from JSON as it is, such as a tuple or an int key."""
+    """TypeError names the place of a value that would not come back from JSON as it is, like a tuple or an int key."""
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
