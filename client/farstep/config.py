@@ -51,7 +51,9 @@ class Retry:
 
     def __post_init__(self) -> None:
         if not 0 < self.first <= self.longest:
-            raise ConfigurationError(f"retry: 0 < first <= longest is due, not first={self.first}, longest={self.longest}")
+            raise ConfigurationError(
+                f"retry: 0 < first <= longest is due, not first={self.first}, longest={self.longest}"
+            )
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,9 @@ class Remote:
         if self.on_existing not in {"attach", "error", "replace"}:
             raise ConfigurationError(f"remote: on_existing {self.on_existing!r} is not 'attach', 'error' or 'replace'")
         if self.policy is not None and not isinstance(self.policy, (Sync, Async)):
-            raise ConfigurationError(f"remote: policy must be farstep.Sync(...) or farstep.Async(...), not {self.policy!r}")
+            raise ConfigurationError(
+                f"remote: policy must be farstep.Sync(...) or farstep.Async(...), not {self.policy!r}"
+            )
         if self.name is not None:
             check_name(self.name)
         if self.worker is not None and not 0 < len(str(self.worker).encode()) <= WORKER_BYTES:

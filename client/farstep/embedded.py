@@ -58,7 +58,9 @@ class EmbeddedServer:
             part = os.read(read_end, 4096) if readable else b""
             if not part:
                 state = f"exited with code {self._process.poll()}" if readable else "is not ready"
-                raise UnavailableError(f"the embedded server {state} after {timeout_seconds:g} s at most; see its messages above")
+                raise UnavailableError(
+                    f"the embedded server {state} after {timeout_seconds:g} s at most; see its messages above"
+                )
             line += part
         json.loads(line)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from farstep.transports.grpc import open_channel
@@ -136,7 +136,7 @@ def connect(address: Address, timeout_seconds: float) -> Iterator[Server]:
 
 def snapshot_from_proto(message: checkpoint_pb2.SnapshotInfo) -> SnapshotInfo:
     """Decode a snapshot's line."""
-    created = datetime.fromtimestamp(message.created_unix, timezone.utc)
+    created = datetime.fromtimestamp(message.created_unix, UTC)
     return SnapshotInfo(
         message.name, message.version, message.tag or None, created, message.size_bytes, message.lineage,
         message.incarnation,

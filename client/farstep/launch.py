@@ -9,6 +9,7 @@ from datetime import timedelta
 from uuid import uuid4
 
 import torch.distributed as dist
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from farstep_wire.errors import ConfigurationError
 
@@ -38,11 +39,11 @@ def current_launch() -> Launch:
         raise ConfigurationError(f"$RANK, $WORLD_SIZE and $LOCAL_WORLD_SIZE must be integers: {error}") from None
 
 
-def shared_store(timeout: timedelta) -> dist.Store:
+def shared_store(timeout: timedelta) -> Store:
     """Return the store that torchrun, or an initialised process group, provides; ConfigurationError where there is none."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return dist.TCPStore(host, port, is_master=False, timeout=timeout)
+        return TCPStore(host, port, is_master=False, timeout=timeout)
     if dist.is_available() and dist.is_initialized():
         return dist.distributed_c10d._get_default_store()
     raise ConfigurationError(

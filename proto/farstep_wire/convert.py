@@ -51,7 +51,9 @@ def layout_from_proto(message: pb.Layout) -> tuple[Layout, list[dict[str, Any]]]
 def _parameter_from_proto(message: pb.Parameter, group: int) -> ParameterSpec:
     spec = spec_from_proto(message.spec, f"parameter {message.key!r}")
     if not message.storage and not spec.is_dense:
-        raise ValueError(f"parameter {message.key!r}: strides {spec.strides} overlap or leave gaps in shape {list(spec.shape)}")
+        raise ValueError(
+            f"parameter {message.key!r}: strides {spec.strides} overlap or leave gaps in shape {list(spec.shape)}"
+        )
     if message.storage_offset and not message.storage:
         raise ValueError(f"parameter {message.key!r} has storage_offset {message.storage_offset} but no storage")
     if message.storage_offset >= 2**60:
@@ -113,7 +115,9 @@ def edits_to_proto(edits: Mapping[int, tuple[Mapping[str, object], Sequence[str]
     ]
 
 
-def edits_from_proto(messages: Iterable[opb.GroupEdit], groups: int) -> dict[int, tuple[dict[str, Any], tuple[str, ...]]]:
+def edits_from_proto(
+    messages: Iterable[opb.GroupEdit], groups: int
+) -> dict[int, tuple[dict[str, Any], tuple[str, ...]]]:
     """Decode edits of group options; ValueError names the group."""
     edits: dict[int, tuple[dict[str, Any], tuple[str, ...]]] = {}
     for message in messages:
@@ -130,7 +134,10 @@ def edits_from_proto(messages: Iterable[opb.GroupEdit], groups: int) -> dict[int
 def policy_to_proto(policy: Policy) -> pb.Policy:
     """Encode a policy."""
     if isinstance(policy, Async):
-        return pb.Policy(**{"async": pb.Async(max_staleness=policy.max_staleness)})
+        message = pb.Policy()
+        # The field's name is a keyword of Python.
+        getattr(message, "async").CopyFrom(pb.Async(max_staleness=policy.max_staleness))
+        return message
     timeout = 0 if policy.timeout is None else max(1, round(_seconds(policy.timeout) * 1000))
     return pb.Policy(sync=pb.Sync(workers=policy.workers, min_workers=policy.min_workers or 0, timeout_ms=timeout))
 
@@ -144,7 +151,9 @@ def policy_from_proto(message: pb.Policy) -> Policy:
     match message.WhichOneof("kind"):
         case "sync":
             sync = message.sync
-            return Sync(sync.workers, sync.min_workers or None, sync.timeout_ms * _MILLISECOND if sync.timeout_ms else None)
+            return Sync(
+                sync.workers, sync.min_workers or None, sync.timeout_ms * _MILLISECOND if sync.timeout_ms else None
+            )
         case "async":
             relaxed = getattr(message, "async")
             return Async(relaxed.max_staleness if relaxed.HasField("max_staleness") else None)

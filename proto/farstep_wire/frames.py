@@ -31,7 +31,8 @@ class Body:
     """Bytes to send: segments one after another, none of them copied until a frame is made."""
 
     def __init__(self, segments: Iterable[memoryview | bytes] = ()) -> None:
-        self._segments = [segment for segment in map(memoryview, segments) if len(segment)]
+        views: Iterable[memoryview] = (memoryview(segment) for segment in segments)
+        self._segments = [view for view in views if len(view)]
         self._ends = list(accumulate(len(segment) for segment in self._segments))
         self.nbytes = self._ends[-1] if self._ends else 0
 
@@ -83,7 +84,9 @@ def encode(frame: opb.ClientFrame | opb.ServerFrame, body: BytesSource = EMPTY) 
         frame.total_bytes = total
     header = frame.SerializeToString()
     if len(header) > HEADER_BYTES:
-        raise InvalidRequestError(f"the header of a message takes {len(header)} bytes; at most {HEADER_BYTES} are possible")
+        raise InvalidRequestError(
+            f"the header of a message takes {len(header)} bytes; at most {HEADER_BYTES} are possible"
+        )
     if not total:
         yield header
         return
@@ -188,7 +191,9 @@ class ScatterSink:
     """Bytes into many buffers, each with its own offset; bytes between them are dropped. Buffers may share offsets."""
 
     def __init__(self, places: Iterable[tuple[int, memoryview]]) -> None:
-        self._places = sorted(((offset, buffer) for offset, buffer in places if len(buffer)), key=lambda place: place[0])
+        self._places = sorted(
+            ((offset, buffer) for offset, buffer in places if len(buffer)), key=lambda place: place[0]
+        )
         self._starts = [offset for offset, _ in self._places]
         self._reach = list(accumulate((offset + len(buffer) for offset, buffer in self._places), max))
 

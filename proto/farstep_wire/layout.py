@@ -212,6 +212,12 @@ class Layout:
         storage = self.parameters[index].storage
         return (storage, 0) if storage else (0, index)
 
+    @cached_property
+    def dense_plan(self) -> GradientPlan:
+        """The plan of a contribution whose gradients are all dense with the parameters' own strides."""
+        pieces = tuple(((spec, offset),) for spec, offset in zip(self.specs, self.gradients.offsets, strict=True))
+        return GradientPlan({}, pieces, (), self.gradients.nbytes)
+
     def views(self, buffer: Tensor) -> list[Tensor]:
         """Return the parameters that lie in a uint8 buffer of ``arena.nbytes`` bytes."""
         return [spec.view(buffer, offset) for spec, offset in zip(self.specs, self.arena.offsets, strict=True)]
@@ -233,7 +239,9 @@ class Layout:
                 other_detail = f", strides {theirs.spec.strides}" if detail else ""
                 return f"parameter {mine.key!r} is hosted as {mine.spec}{detail}; the client has {theirs.spec}{other_detail}"
             if mine != theirs:
-                return f"parameter {mine.key!r} is hosted in group {mine.group}; the client has it in group {theirs.group}"
+                return (
+                    f"parameter {mine.key!r} is hosted in group {mine.group}; the client has it in group {theirs.group}"
+                )
         if len(self.parameters) != len(other.parameters):
             return f"{len(self.parameters)} parameters are hosted; the client has {len(other.parameters)}"
         if self.group_sizes != other.group_sizes:
@@ -272,6 +280,8 @@ def plan_gradients(
     layout: Layout, forms: dict[int, GradientForm], edited: Sequence[int] = (), *, no_gradients: bool = False
 ) -> GradientPlan:
     """Lay out a contribution's bytes; ValueError names the parameter whose form does not fit it."""
+    if not forms and not edited and not no_gradients:
+        return layout.dense_plan
     parts: list[list[TensorSpec]] = []
     for index, parameter in enumerate(layout.parameters):
         if no_gradients or (index in forms and forms[index] is None):
@@ -296,10 +306,14 @@ def _form_specs(parameter: ParameterSpec, form: TensorSpec | SparseForm) -> list
     spec = parameter.spec
     if isinstance(form, TensorSpec):
         if form.shape != spec.shape or form.dtype != spec.dtype or not form.is_dense:
-            raise ValueError(f"gradient of {parameter.key!r} is {form}, strides {form.strides}; the parameter is {spec}")
+            raise ValueError(
+                f"gradient of {parameter.key!r} is {form}, strides {form.strides}; the parameter is {spec}"
+            )
         return [form]
     if not 0 < form.sparse_dims <= len(spec.shape):
-        raise ValueError(f"sparse gradient of {parameter.key!r} has {form.sparse_dims} sparse dimensions; {spec} has {len(spec.shape)}")
+        raise ValueError(
+            f"sparse gradient of {parameter.key!r} has {form.sparse_dims} sparse dimensions; {spec} has {len(spec.shape)}"
+        )
     return [
         TensorSpec.contiguous(torch.int64, (form.sparse_dims, form.nnz)),
         TensorSpec.contiguous(spec.dtype, (form.nnz, *spec.shape[form.sparse_dims :])),

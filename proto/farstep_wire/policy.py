@@ -33,7 +33,9 @@ class Sync:
         if not isinstance(self.workers, int) or self.workers < 1:
             raise ValueError(f"Sync: workers must be an int of at least 1, not {self.workers!r}")
         if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
-            raise ValueError(f"Sync: min_workers must be between 1 and workers={self.workers}, not {self.min_workers!r}")
+            raise ValueError(
+                f"Sync: min_workers must be between 1 and workers={self.workers}, not {self.min_workers!r}"
+            )
         object.__setattr__(self, "timeout", as_timedelta(self.timeout, "Sync: timeout"))
 
 

@@ -170,4 +170,3 @@ def from_map(message: pb.ValueMap, where: str, tensors: Sequence[Tensor] = (), d
             raise ValueError(f"{where} has a key of type {type(key).__name__}")
         result[key] = from_value(entry.value, f"{where}[{key!r}]", tensors, depth)
     return result
-

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grpc
 import torch
@@ -89,7 +90,7 @@ class App:
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: {error}") from None
         if address.startswith("unix:"):
-            os.chmod(address.removeprefix("unix:"), 0o600)
+            Path(address.removeprefix("unix:")).chmod(0o600)
             return address
         return f"{address.rpartition(':')[0]}:{port}"
 

@@ -12,10 +12,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-from farstep_wire import __version__
-from farstep_wire.errors import ConfigurationError
-from farstep_wire.limits import PROTOCOL
-
 from farstep_server.config import (
     CONFIG_VARIABLE,
     DEFAULT_LISTEN,
@@ -26,6 +22,9 @@ from farstep_server.config import (
     load_config,
 )
 from farstep_server.logs import configure_logging
+from farstep_wire import __version__
+from farstep_wire.errors import ConfigurationError
+from farstep_wire.limits import PROTOCOL
 
 EXIT_CONFIGURATION = 2
 EXIT_SYSTEM = 3

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from farstep_wire.algorithms import ConjugateGradient
 from torch import Tensor, nn
+
+from farstep_wire.algorithms import ConjugateGradient
 
 Objective = Callable[..., Tensor]
 

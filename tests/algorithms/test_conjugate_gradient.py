@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import scipy.optimize
 import torch
-from farstep_wire.algorithms import ConjugateGradient
 from torch import Tensor
 
+from farstep_wire.algorithms import ConjugateGradient
 from tests.algorithms.problems import Calls, Objective, build, doubles, network, network_closure, quadratic, rosenbrock
 
 

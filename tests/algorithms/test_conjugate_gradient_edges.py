@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from farstep_wire.algorithms import ConjugateGradient
 from torch import Tensor, nn
 
+from farstep_wire.algorithms import ConjugateGradient
 from tests.algorithms.problems import Calls, build, doubles, quadratic, rosenbrock
 
 

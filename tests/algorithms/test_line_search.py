@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
 from farstep_wire.algorithms.line_search import SearchResult, Trial, strong_wolfe
 
 Phi = Callable[[float], tuple[float, float]]

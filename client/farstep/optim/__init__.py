@@ -47,7 +47,8 @@ _classes = {
 }
 globals().update(_classes)
 
-__all__ = ["Optimizer", "lr_scheduler", "remote_optimizer", "swa_utils", *sorted(_classes)]
+__all__ = ["Optimizer", "lr_scheduler", "remote_optimizer", "swa_utils"]
+__all__ += list(_classes)
 
 
 def __getattr__(name: str) -> Any:

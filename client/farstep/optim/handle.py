@@ -75,7 +75,9 @@ class RemoteHandle:
         parameters = [p for group in self._groups for p in group["params"]]
         index = next((number for number, own in enumerate(parameters) if own is parameter), None)
         if index is None:
-            raise LookupError(f"a parameter of shape {tuple(parameter.shape)} that is in no param group has no state here")
+            raise LookupError(
+                f"a parameter of shape {tuple(parameter.shape)} that is in no param group has no state here"
+            )
         for key, entries in self._session.get_state([index])[0]:
             if key == index:
                 return dict(entries)

@@ -88,9 +88,7 @@ class RemoteOptimizer(_Base):
             with torch.enable_grad():
                 loss = closure()
         abstain = self._farstep_found_inf() if "found_inf" in self.__dict__ else False
-        result = _as_torch_raises(
-            lambda: session.step(self.param_groups, num_samples=num_samples, abstain=abstain)
-        )
+        result = _as_torch_raises(lambda: session.step(self.param_groups, num_samples=num_samples, abstain=abstain))
         self._farstep_count(result)
         return loss
 
@@ -106,7 +104,7 @@ class RemoteOptimizer(_Base):
 
     def _farstep_found_inf(self) -> bool:
         """Do what torch's fused optimizers do for a GradScaler: see whether it overflowed, and unscale where it has not."""
-        if bool(self.found_inf):
+        if bool(self.__dict__["found_inf"]):
             return True
         scale = self.__dict__.get("grad_scale")
         if scale is not None:
@@ -189,7 +187,10 @@ class RemoteOptimizer(_Base):
             for index, parameter in enumerate(p for group in self.param_groups for p in group["params"])
         }
         pairs = [
-            (numbers[id(key)] if isinstance(key, Tensor) else key, dict(entries) if isinstance(entries, dict) else entries)
+            (
+                numbers[id(key)] if isinstance(key, Tensor) else key,
+                dict(entries) if isinstance(entries, dict) else entries,
+            )
             for key, entries in self.state.items()
         ]
         self.state.clear()

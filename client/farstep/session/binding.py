@@ -31,7 +31,7 @@ _PADDING = memoryview(bytes(64))
 
 def parameter_keys(groups: Sequence[dict[str, Any]]) -> list[str]:
     """Return the parameters' keys: their names where given, else "GROUP.INDEX"."""
-    keys = []
+    keys: list[str] = []
     for number, group in enumerate(groups):
         names = group.get("param_names")
         keys.extend(str(names[i]) if names else f"{number}.{i}" for i in range(len(group["params"])))
@@ -49,9 +49,7 @@ def layout_of(groups: Sequence[dict[str, Any]], known: Sequence[Tensor] = ()) ->
         for tensor in group["params"]:
             storage, offset = shared[index]
             spec = TensorSpec.of(tensor)
-            parameters.append(
-                ParameterSpec(next(keys), spec if storage else spec.densified(), number, storage, offset)
-            )
+            parameters.append(ParameterSpec(next(keys), spec if storage else spec.densified(), number, storage, offset))
             index += 1
     return Layout(tuple(parameters), tuple(len(group["params"]) for group in groups))
 
@@ -112,8 +110,13 @@ class Binding:
         self.tensors = list(tensors)
         self._edits = EditDetector(self.tensors, compare_bits=detect_edits)
         self._places: list[_Place | None] = [None] * len(self.tensors)
-        offsets = layout.gradients.offsets
-        self._order = sorted(range(len(self.tensors)), key=offsets.__getitem__)
+        self._gradient_memory: list[tuple[int, memoryview] | None] = [None] * len(self.tensors)
+        self._order = [
+            (index, spec.nbytes, _PADDING[: align(spec.nbytes) - spec.nbytes] if spec.nbytes % 64 else None)
+            for _, index, spec in sorted(
+                (offset, index, layout.specs[index]) for index, offset in enumerate(layout.gradients.offsets)
+            )
+        ]
 
     def check(self) -> None:
         """TypeError where a parameter has changed shape or dtype since the layout was made."""
@@ -181,6 +184,9 @@ class Binding:
         if gradient.dtype != spec.dtype or gradient.shape != spec.shape:
             key = self.layout.parameters[index].key
             raise TypeError(f"the gradient of {key!r} is {TensorSpec.of(gradient)}, the parameter is {spec}")
+        lazy = gradient.is_conj() or gradient.is_neg()
+        if gradient.stride() == spec.strides and gradient.is_cpu and spec.is_dense and not lazy:
+            return gradient
         plain = gradient.detach()
         if plain.is_conj() or plain.is_neg():
             plain = plain.resolve_conj().resolve_neg()
@@ -206,12 +212,15 @@ class Binding:
 
     def _plain_body(self, tensors: list[list[Tensor]]) -> Body:
         segments: list[memoryview | bytes] = []
-        specs = self.layout.specs
-        for index in self._order:
-            nbytes = specs[index].nbytes
-            segments.append(memory(tensors[index][0], nbytes))
-            if nbytes % 64:
-                segments.append(_PADDING[: align(nbytes) - nbytes])
+        for index, nbytes, padding in self._order:
+            gradient = tensors[index][0]
+            pointer = gradient.data_ptr()
+            known = self._gradient_memory[index]
+            if known is None or known[0] != pointer:
+                known = self._gradient_memory[index] = (pointer, memory(gradient, nbytes))
+            segments.append(known[1])
+            if padding is not None:
+                segments.append(padding)
         return _KeptBody(segments, tensors)
 
     def _planned_body(self, plan: GradientPlan, tensors: list[list[Tensor]]) -> Body:

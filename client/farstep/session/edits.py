@@ -57,11 +57,11 @@ def _marks(tensors: Sequence[Tensor]) -> list[bytes | int]:
     marks: list[bytes | int] = []
     sums: dict[torch.device, list[tuple[int, Tensor]]] = {}
     for index, tensor in enumerate(tensors):
-        plain = tensor.detach()
-        dense = plain.is_contiguous() or TensorSpec.of(plain).is_dense
-        if plain.device.type == "cpu" and dense and plain.nbytes <= _COPIED_BYTES:
-            marks.append(memory(plain, plain.nbytes).tobytes())
+        dense = tensor.is_contiguous() or TensorSpec.of(tensor).is_dense
+        if tensor.is_cpu and dense and tensor.nbytes <= _COPIED_BYTES:
+            marks.append(memory(tensor, tensor.nbytes).tobytes())
             continue
+        plain = tensor.detach()
         marks.append(0)
         sums.setdefault(plain.device, []).append((index, _sum_of_words(plain, dense=dense)))
     for entries in sums.values():

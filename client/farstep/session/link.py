@@ -194,9 +194,13 @@ class Link:
                     raise
                 broken_since = now if broken_since is None else broken_since
                 limit = self._limit(deadline, broken_since)
-                if isinstance(error, DeadlineError) or now + pause >= limit or embedded_server_ended(self.address.target):
+                if (
+                    isinstance(error, DeadlineError)
+                    or now + pause >= limit
+                    or embedded_server_ended(self.address.target)
+                ):
                     raise give_up(error) from error
-                time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter, no secret
+                time.sleep(pause * random.uniform(0.5, 1.0))
                 pause = min(pause * 2, self._remote.retry.longest)
             except FarstepError:
                 raise

@@ -22,7 +22,7 @@ from farstep_wire.bundle import BundleBody, empty_buffer, read_bundle
 from farstep_wire.convert import edits_from_proto, edits_to_proto, forms_to_proto, layout_to_proto, policy_to_proto
 from farstep_wire.errors import ConfigurationError, FarstepError
 from farstep_wire.frames import EMPTY, Body, BufferSink, BytesSource, NullSink, Sink
-from farstep_wire.layout import Layout
+from farstep_wire.layout import GradientForm, Layout
 from farstep_wire.policy import Policy, Sync
 from farstep_wire.v1 import optimizer_pb2 as pb
 from farstep_wire.values import from_map, from_value, memory, to_map, to_value
@@ -147,7 +147,9 @@ class Session:
         """Contribute the gradients as they stand, or abstain, and take over the new parameters."""
         self._groups = groups
         edits = self._options.edits(groups)
-        forms, edited, body = {}, [], EMPTY
+        forms: dict[int, GradientForm] = {}
+        edited: list[int] = []
+        body: BytesSource = EMPTY
         if not abstain:
             edited = self.binding.edited()
             forms, body = self.binding.gradients(edited)
@@ -426,7 +428,7 @@ class _Evaluations:
             try:
                 with torch.enable_grad():
                     self.loss = self._closure()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - whatever a user's closure raises is told to the server
                 self.error = error
                 return False
             if self._number < 0:

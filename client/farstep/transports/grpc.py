@@ -52,7 +52,7 @@ class GrpcStream(Stream):
         self._address = address
         self._outbox: queue.SimpleQueue[tuple[pb.ClientFrame, BytesSource] | None] = queue.SimpleQueue()
         service = pb.DESCRIPTOR.services_by_name["OptimizerService"]
-        method = channel.stream_stream(f"/{service.full_name}/Session")
+        method = channel.stream_stream(f"/{service.full_name}/Session", None, None)
         self._closed = False
         self._timed_out = False
         self.deadline: float | None = None

@@ -109,7 +109,7 @@ class ClosureRun:
                 result = step(self._closure)
         except _Abort:
             self._hand_over(Returned(None))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever an optimizer raises is the step's outcome
             self._hand_over(Raised(error))
         else:
             self._hand_over(Returned(result))

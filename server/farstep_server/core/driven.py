@@ -39,7 +39,9 @@ class DrivenStep:
     def put(self, evaluation: Evaluation) -> None:
         """Take a worker's result; one for an evaluation that is over is a request out of turn."""
         if evaluation.number != self.wanted:
-            raise InvalidRequestError(f"evaluation {evaluation.number} where {self.wanted} is awaited", applied=Applied.NO)
+            raise InvalidRequestError(
+                f"evaluation {evaluation.number} where {self.wanted} is awaited", applied=Applied.NO
+            )
         if evaluation.error:
             raise ClosureError(
                 f"the closure raised on worker {evaluation.worker}: {evaluation.error}. The step was rolled back",

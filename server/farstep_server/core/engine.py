@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ class Engine:
         self.entry = entry
         self.store = ParameterStore(layout, device, contents)
         self.optimizer = self._construct(arguments, options)
+        self._bare_step = _without_profiling(self.optimizer)
         self._proven: set[frozenset[tuple[int, str]]] = set()
 
     def _construct(self, arguments: Mapping[str, Any], options: Sequence[Mapping[str, Any]]) -> Optimizer:
@@ -57,7 +59,7 @@ class Engine:
             for size, group in zip(self.layout.group_sizes, options, strict=True)
         ]
         try:
-            return self.entry.cls(groups, **arguments)  # type: ignore[call-arg]
+            return self.entry.cls(groups, **arguments)
         except Exception as error:
             raise ArgumentsError(f"{self.entry.cls.__name__} could not be built on the server: {error}") from error
 
@@ -141,7 +143,7 @@ class Engine:
         """
         if not _harmless(self.optimizer, edits):
             self._proven.clear()
-        signature = frozenset((index, _kind(gradient)) for index, gradient in enumerate(gradients) if _kind(gradient))
+        signature = _signature(gradients)
         undo = None if self.entry.trusted and signature in self._proven else self.undo()
         try:
             changed = self._step(gradients, edits, edited)
@@ -159,21 +161,32 @@ class Engine:
         self.set_gradients(gradients)
         self.store.before_write()
         if self.entry.trusted:
-            self.optimizer.step()
+            self._bare_step()
             return {}
         before = frozen_options(self.optimizer)
         self.optimizer.step()
         return difference(before, self.optimizer.param_groups)
 
 
-def _kind(gradient: Tensor | None) -> str:
-    if gradient is None:
-        return "absent"
-    return "sparse" if gradient.is_sparse else ""
+def _without_profiling(optimizer: Optimizer) -> Callable[[], object]:
+    """Return ``step`` without the wrapper that torch puts around it for hooks and profiling; there are none on a server."""
+    step = type(optimizer).step
+    inner = getattr(step, "__wrapped__", None) if getattr(step, "hooked", False) else None
+    return optimizer.step if inner is None else partial(inner, optimizer)
+
+
+def _signature(gradients: Gradients) -> frozenset[tuple[int, str]]:
+    """Return which gradients are absent or sparse."""
+    return frozenset(
+        (index, "absent" if gradient is None else "sparse")
+        for index, gradient in enumerate(gradients)
+        if gradient is None or gradient.layout is not torch.strided
+    )
 
 
 def _harmless(optimizer: Optimizer, edits: GroupEdits) -> bool:
     return all(
-        not removed and all(type(value) is type(optimizer.param_groups[number].get(key)) is float for key, value in changed.items())
+        not removed
+        and all(type(value) is type(optimizer.param_groups[number].get(key)) is float for key, value in changed.items())
         for number, (changed, removed) in edits.items()
     )

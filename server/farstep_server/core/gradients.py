@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -23,16 +24,19 @@ Gradients = list[Tensor | None]
 class Staged:
     """The bytes of one contribution in a host buffer, and the plan that says what lies where.
 
-    ``buffer`` may be longer than the plan; it belongs to the round until ``release`` is called.
+    ``buffer`` may be longer than the plan. ``views``: the gradients in it, where they are known to be the plan's.
     """
 
     plan: GradientPlan
     buffer: Tensor
+    views: Gradients | None = None
 
 
 def materialize(staged: Staged, layout: Layout, device: torch.device) -> tuple[Gradients, dict[int, Tensor]]:
     """Return the gradients and the edited parameters as views of the staged bytes, moved to the device in one copy."""
     plan = staged.plan
+    if staged.views is not None and device.type == "cpu":
+        return list(staged.views), {}
     buffer = staged.buffer[: plan.nbytes]
     if device.type != "cpu":
         buffer = buffer.to(device, non_blocking=buffer.is_pinned())
@@ -62,7 +66,7 @@ def reduce_gradients(contributions: Sequence[Gradients], weights: Sequence[float
     total = float(len(contributions)) if weights is None else sum(weights)
     reduced: Gradients = []
     for per_worker in zip(*contributions, strict=True):
-        scaled = list(zip(per_worker, weights or [None] * len(per_worker), strict=True))
+        scaled = zip(per_worker, weights if weights is not None else repeat(None, len(per_worker)), strict=True)
         accumulator: Tensor | None = None
         for gradient, weight in scaled:
             if gradient is not None:

@@ -51,9 +51,7 @@ def _is_plain(key: str, value: object) -> bool:
 def _copy_state(value: Any, entry: OptimizerEntry) -> Any:
     if not isinstance(value, dict):
         return _copy(value)
-    return {
-        key: copy.copy(item) if key in entry.immutable_state else _copy(item) for key, item in value.items()
-    }
+    return {key: copy.copy(item) if key in entry.immutable_state else _copy(item) for key, item in value.items()}
 
 
 def _copy(value: Any) -> Any:

@@ -182,12 +182,16 @@ class HostedOptimizer:
     def _check_same(self, event: ev.Join) -> None:
         name = self.identity.name
         if event.optimizer != self.identity.optimizer:
-            raise MismatchError(f"{name!r} hosts {self.identity.optimizer}; worker {event.worker} has {event.optimizer}")
+            raise MismatchError(
+                f"{name!r} hosts {self.identity.optimizer}; worker {event.worker} has {event.optimizer}"
+            )
         problem = self.engine.layout.difference(event.layout)
         if problem is not None:
             raise LayoutMismatchError(f"{name!r}, worker {event.worker}: {problem}")
         if event.policy != self.identity.policy:
-            raise MismatchError(f"{name!r} has the policy {self.identity.policy}; worker {event.worker} asks for {event.policy}")
+            raise MismatchError(
+                f"{name!r} has the policy {self.identity.policy}; worker {event.worker} asks for {event.policy}"
+            )
 
     def _check_options(self, event: ev.Join) -> None:
         mine = frozen_options(self.engine.optimizer)
@@ -229,7 +233,9 @@ class HostedOptimizer:
     def _forget(self, worker: str) -> None:
         act = self._round.drop(worker)
         if act is not None:
-            error = FencedError(f"worker {worker} is no member any more; its contribution was dropped", applied=Applied.NO)
+            error = FencedError(
+                f"worker {worker} is no member any more; its contribution was dropped", applied=Applied.NO
+            )
             self._reply(act.ticket, ev.Refusal(error))
         self._leave_driven_step(worker)
 
@@ -259,11 +265,14 @@ class HostedOptimizer:
         if not isinstance(act, ev.Contribution):
             return self._done()
         settled = record.settled or Settled(version=self.version)
-        options = dict(enumerate((group, ()) for group in frozen_options(self.engine.optimizer)))
+        options = self._all_options()
         return ev.StepReply(
             settled.outcome, self.version, self.incarnation, settled.contributions, options, settled.loss,
             self.engine.store.reader(),
         )  # fmt: skip
+
+    def _all_options(self) -> GroupEdits:
+        return {number: (group, ()) for number, group in enumerate(frozen_options(self.engine.optimizer))}
 
     def _is_current(self, act: ev.Act, record: WorkerRecord) -> bool:
         if not isinstance(act, ev.Contribution):
@@ -285,7 +294,7 @@ class HostedOptimizer:
 
     def _not_used(self, act: ev.Contribution, record: WorkerRecord, outcome: ev.Outcome) -> None:
         record.version = self.version
-        options = dict(enumerate((group, ()) for group in frozen_options(self.engine.optimizer)))
+        options = self._all_options()
         self._reply(
             act.ticket,
             ev.StepReply(
@@ -470,7 +479,9 @@ class HostedOptimizer:
         driven = self._driven
         own = driven.contributions.get(event.worker) if driven is not None else None
         if driven is None or own is None or own.sequence != event.sequence:
-            raise ClosureError("the step that this evaluation belongs to has ended; it was rolled back", applied=Applied.NO)
+            raise ClosureError(
+                "the step that this evaluation belongs to has ended; it was rolled back", applied=Applied.NO
+            )
         self._evaluation_tickets[event.worker] = event.ticket
         try:
             driven.put(event)

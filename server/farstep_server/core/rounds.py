@@ -1,8 +1,8 @@
 """Rounds: what the live workers have handed in for the next version, and whether that is enough.
 
-    waiting ──(an act of every live worker, or the timeout with enough of them)──> ready
-    ready ──(gradients, state or group taken over)──> committed: version + 1, a new round waits
-    ready ──(acts of different kinds, options that disagree, a step that raises)──> refused: nothing changed, a new round waits
+waiting ──(an act of every live worker, or the timeout with enough of them)──> ready
+ready ──(gradients, state or group taken over)──> committed: version + 1, a new round waits
+ready ──(acts of different kinds, options that disagree, a step that raises)──> refused: nothing changed, a new round waits
 """
 
 from __future__ import annotations

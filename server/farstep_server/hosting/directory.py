@@ -248,7 +248,9 @@ class Directory:
     def remove(self, name: str) -> int:
         """Stop hosting; return the version it had."""
         owner = self.find(name)
-        error: FarstepError = RemovedError(f"{name!r} was removed from the server; build the optimizer again to start anew")
+        error: FarstepError = RemovedError(
+            f"{name!r} was removed from the server; build the optimizer again to start anew"
+        )
         owner.stop(error, _STOP_SECONDS)
         return owner.hosted.version
 

@@ -20,7 +20,7 @@ class OptimizerService:
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
 
-    def handler(self) -> grpc.GenericRpcHandler:
+    def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
         """Return the handler to register with a gRPC server."""
         service = optimizer_pb2.DESCRIPTOR.services_by_name["OptimizerService"]
         method = grpc.stream_stream_rpc_method_handler(self._session)

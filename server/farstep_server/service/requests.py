@@ -34,6 +34,7 @@ class Request:
     incoming: Incoming
     layout: Layout
     plan: GradientPlan | None = None
+    views: list[Tensor | None] | None = None
 
     def event(self, ticket: ev.Ticket, worker: str) -> ev.Event:
         """Return the event that the complete request stands for; ValueError or TypeError names a bad field."""
@@ -64,7 +65,7 @@ class Request:
             message.sequence,
             message.version,
             message.incarnation,
-            None if self.plan is None or message.abstain else Staged(self.plan, self.buffer),
+            None if self.plan is None or message.abstain else Staged(self.plan, self.buffer, self.views),
             edits_from_proto(message.edits, len(self.layout.group_sizes)),
             message.abstain,
             message.closure,
@@ -73,7 +74,7 @@ class Request:
         )
 
     def _evaluation(self, ticket: ev.Ticket, worker: str, message: pb.Evaluation) -> ev.Evaluation:
-        staged = None if self.plan is None else Staged(self.plan, self.buffer)
+        staged = None if self.plan is None else Staged(self.plan, self.buffer, self.views)
         loss = None if message.error else from_value(message.loss, "loss")
         return ev.Evaluation(
             ticket, worker, message.epoch, message.sequence, message.number, loss, staged, message.error
@@ -91,7 +92,9 @@ class Request:
         for key, _ in state:
             if isinstance(key, int) and not 0 <= key < len(self.layout.parameters):
                 raise ValueError(f"load_state: state of parameter {key}; there are {len(self.layout.parameters)}")
-        return ev.LoadState(ticket, worker, message.epoch, message.sequence, [(key, value) for key, value in state], groups)
+        return ev.LoadState(
+            ticket, worker, message.epoch, message.sequence, [(key, value) for key, value in state], groups
+        )
 
     def _add_group(self, ticket: ev.Ticket, worker: str, message: pb.AddParamGroup) -> ev.AddGroup:
         layout, options = read_layout(self.buffer[: message.layout_bytes])
@@ -137,7 +140,8 @@ class Decoder:
         else:
             buffer = self._staging.take(plan.nbytes)
         incoming = Incoming(frame.total_bytes, BufferSink(tensor_memory(buffer)))
-        return Request(frame, kind, buffer, incoming, layout, plan)
+        views = self._staging.views(layout) if plan is layout.dense_plan else None
+        return Request(frame, kind, buffer, incoming, layout, plan, views)
 
     def _plan(self, frame: pb.ClientFrame, kind: str, layout: Layout) -> GradientPlan | None:
         if kind == "contribution":

@@ -222,9 +222,7 @@ class Session:
             owner = self._directory.find_or_reserve(blueprint, attach.worker, on_existing, wait, self._is_active)
         if owner is None:
             self._creation = _Creation(blueprint, attach)
-            frame = pb.ServerFrame(
-                request=self._number, attached=pb.Attached(outcome=pb.Attached.OUTCOME_UPLOAD)
-            )
+            frame = pb.ServerFrame(request=self._number, attached=pb.Attached(outcome=pb.Attached.OUTCOME_UPLOAD))
             self._answer(frame)
         else:
             self._join(owner, blueprint, attach, None)
@@ -280,7 +278,9 @@ def _check_protocol(attach: pb.Attach) -> None:
 
 def _blueprint(request: Request, attach: pb.Attach) -> Blueprint:
     if not attach.worker or len(attach.worker.encode()) > WORKER_BYTES or not attach.instance:
-        raise InvalidRequestError(f"attach: worker {attach.worker!r} must be 1 to {WORKER_BYTES} bytes, with an instance")
+        raise InvalidRequestError(
+            f"attach: worker {attach.worker!r} must be 1 to {WORKER_BYTES} bytes, with an instance"
+        )
     layout, options = read_layout(request.buffer)
     if not layout.parameters:
         raise InvalidRequestError("attach: the layout has no parameters")
@@ -293,4 +293,3 @@ def _blueprint(request: Request, attach: pb.Attach) -> Blueprint:
         policy_from_proto(attach.policy),
         attach.ephemeral,
     )
-

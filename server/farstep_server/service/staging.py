@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from farstep_wire.errors import ResourceExhaustedError
+from farstep_wire.layout import Layout
 
 
 class StagingBuffers:
@@ -19,6 +20,7 @@ class StagingBuffers:
         self._limit_bytes = limit_bytes
         self._pinned = pinned
         self._buffers = [torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)]
+        self._views: list[tuple[Layout, list[Tensor | None]] | None] = [None, None]
         self._turn = 0
 
     def take(self, nbytes: int) -> Tensor:
@@ -26,7 +28,17 @@ class StagingBuffers:
         self._turn ^= 1
         if self._buffers[self._turn].numel() < nbytes:
             self._buffers[self._turn] = new_buffer(nbytes, self._limit_bytes, pinned=self._pinned)
+            self._views[self._turn] = None
         return self._buffers[self._turn]
+
+    def views(self, layout: Layout) -> list[Tensor | None]:
+        """Return the gradients of the layout's dense plan in the buffer taken last; made once per buffer and layout."""
+        known = self._views[self._turn]
+        if known is None or known[0] is not layout:
+            buffer = self._buffers[self._turn]
+            pieces = zip(layout.specs, layout.gradients.offsets, strict=True)
+            known = self._views[self._turn] = (layout, [spec.view(buffer, offset) for spec, offset in pieces])
+        return known[1]
 
 
 def new_buffer(nbytes: int, limit_bytes: int, *, pinned: bool = False) -> Tensor:
