@@ -63,10 +63,10 @@ def test_an_error_of_a_newer_server_is_a_refusal(fake, capsys) -> None:
 @pytest.mark.parametrize(
     ("status", "code", "says"),
     [
-        ("UNIMPLEMENTED", 1, "same release as this command"),
-        ("RESOURCE_EXHAUSTED", 1, "at a limit: details"),
-        ("INTERNAL", 1, "failed: details"),
-        ("UNKNOWN", 1, "failed: details"),
+        ("UNIMPLEMENTED", 1, "does not know this call (details)"),
+        ("RESOURCE_EXHAUSTED", 1, "RESOURCE_EXHAUSTED: details"),
+        ("INTERNAL", 1, "INTERNAL: details"),
+        ("UNKNOWN", 1, "UNKNOWN: details"),
         ("PERMISSION_DENIED", 1, "PERMISSION_DENIED: details"),
         ("UNAVAILABLE", 3, "something speaks gRPC there"),
         ("DEADLINE_EXCEEDED", 3, "did not answer within"),
@@ -88,7 +88,7 @@ def test_a_garbled_failure_falls_back_to_the_status(fake, capsys) -> None:
 
     fake.answers["List"] = garbled
     assert main(["ls"]) == 1
-    assert "failed: details" in capsys.readouterr().err
+    assert "INTERNAL: details" in capsys.readouterr().err
 
 
 ALL_VERBS = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 
 import pytest
@@ -54,21 +55,17 @@ def test_ls(fake, capsys) -> None:
     assert main(["ls", "--json"]) == 0
     assert parsed(capsys) == {"server": fake.address, "optimizers": [SUMMARY]}
     assert main(["ls"]) == 0
-    words = [
-        "resnet50",
-        "AdamW",
-        "Sync(workers=2,",
-        "timeout=1.5)",
-        "cuda:0",
-        "120",
-        "1/2",
-        "2",
-        "1,234,567",
-        "4.7",
-        "MiB",
-        "no",
-    ]
-    assert rows(capsys)["resnet50"] == words
+    line = " ".join(rows(capsys)["resnet50"])
+    assert line == "resnet50 AdamW Sync cuda:0 yes 120 1/2 1,234,567 4.7 MiB"
+
+
+def test_ls_fits_a_narrow_terminal(fake, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    assert main(["ls"]) == 0
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    assert len(lines) == 3
+    assert max(map(len, lines)) <= 80
 
 
 def test_ls_of_nothing(fake, capsys) -> None:
@@ -85,18 +82,21 @@ def test_ls_of_nothing(fake, capsys) -> None:
         (pb.Policy(sync=pb.Sync(workers=3, min_workers=2)), ("sync", 3, 2, None), "Sync(workers=3, min_workers=2)"),
         (pb.Policy(**{"async": pb.Async()}), ("async", None), "Async()"),
         (pb.Policy(**{"async": pb.Async(max_staleness=0)}), ("async", 0), "Async(max_staleness=0)"),
-        (pb.Policy(), None, " - "),
+        (pb.Policy(), None, "-"),
     ],
 )
 def test_policies(fake, capsys, policy, view, text) -> None:
     line = summary()
     line.policy.CopyFrom(policy)
     fake.answers["List"] = ipb.ListReply(optimizers=[line])
+    fake.answers["Describe"] = ipb.Description(summary=line)
     assert main(["ls", "--json"]) == 0
     seen = parsed(capsys)["optimizers"][0]["policy"]
     assert (None if seen is None else tuple(seen.values())) == view
+    assert main(["show", "x"]) == 0
+    assert f"AdamW  version 120  {text}\n" in capsys.readouterr().out
     assert main(["ls"]) == 0
-    assert text in capsys.readouterr().out
+    assert rows(capsys)["resnet50"][2] == ("Sync" if "Sync" in text else text)
 
 
 def test_show_json(fake, capsys) -> None:

@@ -1,4 +1,4 @@
-"""The unary calls of the command line, each with a deadline, and the one place where their failures become errors."""
+"""The calls of the command line, each with a deadline. A failure is the client's own error, with a look at why."""
 
 from __future__ import annotations
 
@@ -7,32 +7,20 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from farstep.cli._probe import explain
+from farstep.transports.unary import FAILURE_KEY, error_from_rpc
 from farstep_wire.address import Address
-from farstep_wire.errors import (
-    DeadlineError,
-    FarstepError,
-    InternalError,
-    ProtocolError,
-    RefusedError,
-    ResourceExhaustedError,
-    UnavailableError,
-)
+from farstep_wire.errors import DeadlineError, FarstepError, UnavailableError
 from farstep_wire.limits import MESSAGE_BYTES
 from farstep_wire.v1 import checkpoint_pb2 as cpb
-from farstep_wire.v1 import common_pb2 as pb
 from farstep_wire.v1 import inspection_pb2 as ipb
 from farstep_wire.v1.checkpoint_pb2_grpc import CheckpointServiceStub
 from farstep_wire.v1.inspection_pb2_grpc import InspectionServiceStub
 
 _Request = TypeVar("_Request")
 _Reply = TypeVar("_Reply")
-
-FAILURE_KEY = "farstep-failure-bin"
-"""Where in the trailing metadata the server puts a serialized Failure."""
 
 READ_SECONDS = 10.0
 """How long a reading call may take unless told otherwise."""
@@ -102,7 +90,7 @@ class Client:
                 heard = True
                 yield description
         except grpc.RpcError as error:
-            if heard and _code(error) is grpc.StatusCode.DEADLINE_EXCEEDED:
+            if heard and call.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 return
             raise translate(error, self._address, seconds) from None
         finally:
@@ -148,55 +136,25 @@ class Client:
 def translate(error: grpc.RpcError, address: Address, seconds: float, *, writes: bool = False) -> FarstepError:
     """Return the error that stands for a failed call.
 
-    A Failure that the server sent along is told as it is. Without one the status decides, and where no server answered
-    the address is looked at to say why. ``writes``: the call may have taken effect though no answer came.
+    It is the client's own, but where no server answered, the address is looked at to say why. ``writes``: the call may
+    have taken effect though no answer came.
     """
-    failure = _failure(error)
-    if failure is not None:
-        return failure
-    call: Any = error
-    match _code(error):
-        case None:
-            return UnavailableError(f"the call to {address} failed: {error!r}")
-        case grpc.StatusCode.UNAVAILABLE:
-            return UnavailableError(f"no farstep server answers at {address}: {explain(address, seconds)}")
-        case grpc.StatusCode.DEADLINE_EXCEEDED:
-            return DeadlineError(_late(address, seconds, writes=writes))
-        case grpc.StatusCode.UNIMPLEMENTED:
-            return ProtocolError(
-                f"the server at {address} does not know this call ({call.details()}). Check that it is a farstep "
-                "server, and of the same release as this command"
+    known = error_from_rpc(error, address, seconds)
+    if _told_by_server(error):
+        return known
+    match known:
+        case DeadlineError() if writes:
+            return DeadlineError(
+                f"{known}. Whether it carried the request out is unknown, and it may still be at it: look before "
+                "asking again, or allow more with --timeout"
             )
-        case grpc.StatusCode.RESOURCE_EXHAUSTED:
-            return ResourceExhaustedError(f"the server at {address} or gRPC is at a limit: {call.details()}")
-        case grpc.StatusCode.INTERNAL | grpc.StatusCode.UNKNOWN:
-            return InternalError(f"the server at {address} failed: {call.details()}")
-    return RefusedError(f"the server at {address} refused: {call.code().name}: {call.details()}")
+        case DeadlineError():
+            return DeadlineError(f"{known}: {explain(address, seconds)}")
+        case UnavailableError():
+            return UnavailableError(f"no farstep server answers at {address}: {explain(address, seconds)}")
+    return known
 
 
-def _late(address: Address, seconds: float, *, writes: bool) -> str:
-    if writes:
-        return (
-            f"the server at {address} did not answer within {seconds:g} s. Whether it carried the request out is "
-            "unknown, and it may still be at it: look before asking again, or allow more with --timeout"
-        )
-    return f"the server at {address} did not answer within {seconds:g} s: {explain(address, seconds)}"
-
-
-def _code(error: grpc.RpcError) -> grpc.StatusCode | None:
-    """Return the status; None for an error of gRPC that is not about a call."""
-    return error.code() if hasattr(error, "code") else None
-
-
-def _failure(error: grpc.RpcError) -> FarstepError | None:
+def _told_by_server(error: grpc.RpcError) -> bool:
     call: Any = error
-    for key, value in (call.trailing_metadata() or ()) if _code(error) is not None else ():
-        if key == FAILURE_KEY and isinstance(value, bytes):
-            # Only now: it imports torch, which nothing else of the command needs.
-            from farstep_wire.convert import failure_from_proto
-
-            try:
-                return failure_from_proto(pb.Failure.FromString(value))
-            except DecodeError:
-                return None
-    return None
+    return any(key == FAILURE_KEY for key, _ in call.trailing_metadata() or ())

@@ -42,9 +42,12 @@ def size(count: int) -> str:
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> Table:
     """Return a table whose first ``left`` columns are text, and the others numbers."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(Text(column), justify="left" if index < left else "right", overflow="fold")
+        if index < left:
+            table.add_column(Text(column), overflow="fold")
+        else:
+            table.add_column(Text(column), justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     return table
@@ -63,6 +66,11 @@ def policy(view: View | None) -> str:
     return "-"
 
 
+def _short_policy(view: View | None) -> str:
+    """Return what a list that shows the workers beside it need say of a policy."""
+    return "Sync" if view is not None and view["kind"] == "sync" else policy(view)
+
+
 def _workers(view: View) -> str:
     wanted = (view["policy"] or {}).get("workers")
     return f"{view['live_workers']}/{wanted}" if wanted is not None else str(view["live_workers"])
@@ -70,23 +78,22 @@ def _workers(view: View) -> str:
 
 def hosted(summaries: Sequence[View]) -> Table:
     """Draw the list of hosted optimizers."""
-    columns = ("name", "class", "policy", "device", "version", "workers", "tensors", "elements", "size", "ephemeral")
+    columns = ("name", "class", "policy", "device", "kept", "version", "workers", "elements", "size")
     rows = (
         (
             clean(view["name"]),
             clean(view["optimizer"]),
-            policy(view["policy"]),
+            _short_policy(view["policy"]),
             clean(view["device"]),
+            "no" if view["ephemeral"] else "yes",
             str(view["version"]),
             _workers(view),
-            str(view["parameters"]),
             f"{view['elements']:,}",
             size(view["parameter_bytes"]),
-            "yes" if view["ephemeral"] else "no",
         )
         for view in summaries
     )
-    return _table(columns, rows, left=4)
+    return _table(columns, rows, left=5)
 
 
 def description(view: View, rate: float | None = None) -> Group:

@@ -10,7 +10,6 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from farstep_wire.address import Address
-from farstep_wire.convert import failure_from_proto
 from farstep_wire.errors import DeadlineError, FarstepError, ProtocolError, RefusedError, UnavailableError
 from farstep_wire.v1 import common_pb2
 
@@ -32,6 +31,9 @@ def error_from_rpc(error: grpc.RpcError, address: Address, timeout_seconds: floa
     call: Any = error
     for key, value in call.trailing_metadata() or ():
         if key == FAILURE_KEY:
+            # Only now: it imports torch, for which the command line should not wait.
+            from farstep_wire.convert import failure_from_proto
+
             try:
                 return failure_from_proto(common_pb2.Failure.FromString(value))
             except DecodeError:
