@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from farstep_server.config import (
     CONFIG_VARIABLE,
@@ -112,6 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(vars(arguments), os.environ)
         configure_logging(config.log_level, config.log_format)
+        for target in config.listen:
+            check_free(target)
         # Only now: it imports torch, and a wrong flag should not wait for that.
         from farstep_server.app import serve
 
@@ -124,13 +128,50 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("interrupted", EXIT_INTERRUPTED)
 
 
+def check_free(target: str) -> None:
+    """Raise the OSError that says why nobody can listen at ``host:port`` or ``unix:PATH``.
+
+    gRPC itself tells a bound port from a missing host only in a log line, and at a unix socket it takes the place of a
+    server that is still serving.
+    """
+    try:
+        if target.startswith("unix:"):
+            _check_unix(target.removeprefix("unix:"))
+        else:
+            _check_port(target)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot listen on {target}: {error.strerror}") from None
+
+
+def _check_unix(path: str) -> None:
+    if Path(path).exists() and not Path(path).is_socket():
+        raise FileExistsError(errno.EEXIST, "there is a file at this path that is no socket")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            if not Path(path).absolute().parent.is_dir():
+                raise FileNotFoundError(errno.ENOENT, "its directory does not exist") from None
+            return
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+
+def _check_port(target: str) -> None:
+    host, _, port = target.rpartition(":")
+    family, kind, protocol, _, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(place)
+
+
 def _fail(message: str, code: int) -> int:
     print(f"farstep-server: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 
 def _explain(error: OSError) -> str:
-    text = str(error)
+    text = error.strerror or str(error)
     match error.errno:
         case errno.EADDRINUSE:
             return f"{text}; something listens there already: stop it, or choose another --listen"

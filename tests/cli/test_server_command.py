@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import socket
 import subprocess
 import sys
 from types import ModuleType
@@ -11,6 +12,8 @@ import pytest
 
 from farstep_server import cli
 from farstep_server.config import FIELDS, ServerConfig
+
+ANYWHERE = ["--listen", "127.0.0.1:0"]
 
 
 @pytest.fixture
@@ -36,19 +39,21 @@ def serve(monkeypatch):
     return fake
 
 
-def test_flags_reach_the_app(serve, monkeypatch) -> None:
+def test_flags_reach_the_app(serve, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("FARSTEP_THREADS", "4")
-    flags = "--listen unix:/a --listen localhost:0 --optimizer a:B --exit-with-stdin --ready-fd 7 --no-insecure"
-    assert cli.main([*flags.split(), "--memory-limit", "8GiB"]) == 0
+    flags = (
+        f"--listen unix:{tmp_path}/a --listen localhost:0 --optimizer a:B --exit-with-stdin --ready-fd 7 --no-insecure"
+    )
+    assert cli.main([*flags.split(), "--memory-limit", "8GiB", "--no-insecure"]) == 0
     (config,) = serve.seen
-    assert config.listen == ("unix:/a", "localhost:0")
+    assert config.listen == (f"unix:{tmp_path}/a", "localhost:0")
     assert (config.optimizer, config.exit_with_parent, config.ready_fd) == (("a:B",), True, 7)
     assert (config.memory_limit_bytes, config.threads, config.insecure) == (8 * 2**30, 4, False)
 
 
 def test_the_apps_exit_code_is_the_commands(serve) -> None:
     serve.outcome[0] = 5
-    assert cli.main([]) == 5
+    assert cli.main(ANYWHERE) == 5
 
 
 def test_a_wrong_value_ends_with_2_and_one_line(serve, capsys) -> None:
@@ -71,16 +76,51 @@ def test_a_wrong_value_ends_with_2_and_one_line(serve, capsys) -> None:
 )
 def test_the_systems_refusal_ends_with_3_and_says_what_to_do(serve, capsys, number, says) -> None:
     serve.outcome[0] = OSError(number, "some text at 127.0.0.1:1")
-    assert cli.main([]) == 3
+    assert cli.main(ANYWHERE) == 3
     err = capsys.readouterr().err
     assert "some text at 127.0.0.1:1" in err
     assert says in err
     assert err.count("\n") == 1
 
 
+def test_a_bound_port_is_seen_before_torch_is_imported(serve, capsys) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert cli.main(["--listen", "127.0.0.1:0", "--listen", address]) == 3
+    assert f"cannot listen on {address}: Address already in use; something listens" in capsys.readouterr().err
+    assert serve.seen == []
+    assert cli.main(["--listen", address]) == 0
+
+
+def test_a_unix_socket_that_is_served_is_not_taken_over(serve, capsys, tmp_path) -> None:
+    path = tmp_path / "a.sock"
+    with socket.socket(socket.AF_UNIX) as taken:
+        taken.bind(str(path))
+        taken.listen()
+        assert cli.main(["--listen", f"unix:{path}"]) == 3
+        assert f"cannot listen on unix:{path}: Address already in use; something" in capsys.readouterr().err
+        assert serve.seen == []
+    assert cli.main(["--listen", f"unix:{path}"]) == 0
+
+
+def test_a_unix_socket_needs_its_directory_and_replaces_no_file(serve, capsys, tmp_path) -> None:
+    (tmp_path / "file").write_text("precious")
+    assert cli.main(["--listen", f"unix:{tmp_path}/file"]) == 3
+    assert "no socket" in capsys.readouterr().err
+    assert cli.main(["--listen", f"unix:{tmp_path}/none/a.sock"]) == 3
+    assert "its directory does not exist" in capsys.readouterr().err
+    assert serve.seen == []
+
+
+def test_a_host_that_is_not_this_machine_is_named(serve, capsys) -> None:
+    assert cli.main(["--listen", "192.0.2.1:50051", "--insecure"]) == 3
+    err = capsys.readouterr().err
+    assert "cannot listen on 192.0.2.1:50051: Cannot assign requested address; this machine has no such address" in err
+
+
 def test_an_interrupt_ends_with_130(serve, capsys) -> None:
     serve.outcome[0] = KeyboardInterrupt()
-    assert cli.main([]) == 130
+    assert cli.main(ANYWHERE) == 130
     assert capsys.readouterr().err == "farstep-server: interrupted\n"
 
 
