@@ -47,7 +47,7 @@ class App:
     def __init__(self, config: ServerConfig, registry: Registry) -> None:
         self._config = config
         self._device = resolve_device(config.device)
-        limit = config.memory_limit_bytes or default_limit_bytes()
+        limit = config.memory_budget_bytes()
         self.directory = Directory(registry, self._device, config.lease.total_seconds(), limit)
         self._health = health.HealthServicer()
         self._server = self._grpc_server()
@@ -107,11 +107,6 @@ class App:
         self.directory.stop_all(DrainingError("the server is shutting down; the contribution was not applied"))
         self._server.stop(_STOP_SECONDS).wait()
         log_event(_LOGGER, logging.INFO, "stopped")
-
-
-def default_limit_bytes() -> int:
-    """Return the limit on hosted parameters where none is configured: 90 % of this machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 9 // 10
 
 
 def build_registry(optimizers: tuple[str, ...]) -> Registry:

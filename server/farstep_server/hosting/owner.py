@@ -134,8 +134,10 @@ class Owner:
         version = self.hosted.version
         try:
             replies = self.hosted.handle(event, time.monotonic())
-        except Exception as error:
-            _LOGGER.exception("event=handler_failed name=%s kind=%s", self.name, type(event).__name__)
+        except Exception as error:  # noqa: BLE001 - a defect here must not take the others down
+            log_event(
+                _LOGGER, logging.ERROR, "handler_failed", name=self.name, kind=type(event).__name__, exc_info=error
+            )
             self._refuse(event, InternalError(f"{type(error).__name__}: {error}"))
             return
         for ticket, reply in replies:

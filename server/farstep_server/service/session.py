@@ -18,6 +18,7 @@ from farstep_server.core import events as ev
 from farstep_server.core.parameters import ParameterReader
 from farstep_server.hosting.directory import Blueprint, Directory
 from farstep_server.hosting.owner import Owner
+from farstep_server.logs import log_event
 from farstep_server.service.encoding import attached, encode_reply
 from farstep_server.service.requests import NO_LAYOUT, Decoder, Request, read_layout
 from farstep_wire.address import check_name
@@ -120,9 +121,9 @@ class Session:
         try:
             data = next(self._requests, None)
             return data is not None and self._take(data)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a defect here must not take the others down
             if self._is_active():
-                _LOGGER.exception("event=session_failed")
+                log_event(_LOGGER, logging.ERROR, "session_failed", exc_info=error)
                 self._refuse(InternalError(f"{type(error).__name__}: {error}"))
             return False
 
