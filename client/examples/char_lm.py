@@ -9,8 +9,9 @@ gradient clipping, and optionally bfloat16 autocast (--bf16). It ends with the b
 out, and a short sample of what the model writes. `--steps` sets the length of the run and of the schedule; `--seconds`
 ends a one-process run earlier.
 
-Expect about 2.5 bits per byte after the default 800 steps: 2.51 in 39 s on two cores with torch 2.13's own AdamW
-and the modules of Python 3.11. The text, and so the figure, differs between versions of Python.
+Expect about 2.5 bits per byte after the default 800 steps: 2.51 in one process (39 s on two cores with torch 2.13's own
+AdamW) and 2.50 with two workers, on the modules of Python 3.11. The text, and so the figure, differs between versions
+of Python.
 
 Under torchrun every rank clips the gradient of its own slice before the server takes the mean, which is close to, but
 not the same as, clipping the gradient of the global batch.

@@ -1,5 +1,6 @@
 """The examples run as they stand and with torch alone, print the same figures, and end in good order on Ctrl-C."""
 
+import json
 import os
 import re
 import signal
@@ -13,17 +14,29 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "client" / "examples"
+DIGITS = EXAMPLES / "digits.py"
+DEMO = EXAMPLES / "demo.py"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @dataclass(frozen=True)
 class Example:
-    """An example, arguments that make it short and very short, and its final figure, below `bound` after the former."""
+    """An example, and what to expect of it."""
 
     name: str
-    arguments: list[str]
-    few_steps: list[str]
-    figure: str
+    unit: str  # the option that sets the length of a run
+    short: int  # long enough that the final figure is below `bound`
+    very_short: int  # so short that what differs in rounding has not grown yet
+    started: str  # stands in the line that says it has begun
+    figure: str  # the line with the final figure, which is the one group
     bound: float
+
+    @property
+    def path(self) -> Path:
+        return EXAMPLES / f"{self.name}.py"
+
+    def arguments(self, length: int) -> list[str]:
+        return [self.unit, str(length)]
 
     def final_figure(self, output: str) -> float:
         match = re.search(self.figure, output, re.MULTILINE)
@@ -32,12 +45,12 @@ class Example:
 
 
 # An untrained digits model has a loss of 2.3; uniform guesses at bytes cost 8 bits; the residual starts at some 4,000.
-SHORT = [
-    Example("digits", ["--epochs", "4"], ["--epochs", "2"], r"^final test accuracy \d+\.\d+ %  test loss (\S+)", 1.0),
-    Example("char_lm", ["--steps", "6"], ["--steps", "4"], r"^final held-out (\S+) bits per byte", 7.0),
-    Example("lbfgs_fit", ["--steps", "10"], ["--steps", "2"], r"^final L-BFGS loss (\S+)", 0.1),
+ALL = [
+    Example("digits", "--epochs", 4, 2, "epoch  1", r"^final test accuracy \S+ %  test loss (\S+)", 1.0),
+    Example("char_lm", "--steps", 6, 4, "bytes to train on", r"^final held-out (\S+) bits per byte", 7.0),
+    Example("lbfgs_fit", "--steps", 10, 2, "L-BFGS", r"^final L-BFGS loss (\S+)", 0.1),
 ]
-each_example = pytest.mark.parametrize("example", SHORT, ids=lambda example: example.name)
+each_example = pytest.mark.parametrize("example", ALL, ids=lambda example: example.name)
 
 
 def swap_import(source: str) -> str:
@@ -46,10 +59,10 @@ def swap_import(source: str) -> str:
     return swapped
 
 
-def torch_script(example: str, folder: Path) -> Path:
+def torch_script(example: Path, folder: Path) -> Path:
     """Write the example with torch's optimizers in place of farstep's and return its path."""
-    script = folder / f"{example}_torch.py"
-    script.write_text(swap_import((EXAMPLES / f"{example}.py").read_text()))
+    script = folder / f"{example.stem}_torch.py"
+    script.write_text(swap_import(example.read_text()))
     return script
 
 
@@ -69,15 +82,46 @@ def run(command: list[str]) -> str:
     return result.stdout
 
 
+def without_times(output: str) -> str:
+    return re.sub(r"\d+(\.\d+)? (s|ms)\b", "TIME", output)
+
+
 @each_example
 def test_runs_with_torch_alone(example: Example, tmp_path: Path) -> None:
-    script = torch_script(example.name, tmp_path)
+    script = torch_script(example.path, tmp_path)
     assert not re.search(r"^\s*(import|from) farstep", script.read_text(), re.MULTILINE)
-    assert example.final_figure(run([sys.executable, "-W", "error", str(script), *example.arguments])) < example.bound
+    output = run([sys.executable, "-W", "error", str(script), *example.arguments(example.short)])
+    assert example.final_figure(output) < example.bound
+
+
+@each_example
+def test_farstep_prints_what_torch_prints(example: Example, tmp_path: Path) -> None:
+    plain = run([sys.executable, str(torch_script(example.path, tmp_path)), *example.arguments(example.short)])
+    remote = run([sys.executable, "-W", "error", str(example.path), *example.arguments(example.short)])
+    assert without_times(remote) == without_times(plain)
+
+
+def test_digits_ends_with_the_bits_of_torch(tmp_path: Path) -> None:
+    figures = {}
+    for name, script in (("torch", torch_script(DIGITS, tmp_path)), ("farstep", DIGITS)):
+        file = tmp_path / f"{name}.json"
+        run([sys.executable, str(script), "--epochs", "2", "--json", str(file)])
+        figures[name] = json.loads(file.read_text())
+        assert figures[name].pop("seconds") > 0
+    assert figures["farstep"] == figures["torch"]
+
+
+@each_example
+def test_two_workers_train_on_the_same_global_batches(example: Example, tmp_path: Path) -> None:
+    """The mean of two half batches is the whole batch up to rounding, so few steps end in nearly the same place."""
+    plain = run([sys.executable, str(torch_script(example.path, tmp_path)), *example.arguments(example.very_short)])
+    remote = run([*TORCHRUN, str(example.path), *example.arguments(example.very_short)])
+    assert remote.count("final ") == plain.count("final "), "only rank 0 prints"
+    assert example.final_figure(remote) == pytest.approx(example.final_figure(plain), rel=1e-3)
 
 
 def test_batches_that_cannot_be_shared_equally_are_refused(tmp_path: Path) -> None:
-    script = torch_script("digits", tmp_path)
+    script = torch_script(DIGITS, tmp_path)
     result = subprocess.run(
         [sys.executable, str(script), "--batch-size", "33"],
         env={**environment(), "RANK": "0", "WORLD_SIZE": "2"},
@@ -115,19 +159,29 @@ def interrupt_after(needle: str, command: list[str]) -> tuple[int, str]:
     return process.returncode, output
 
 
+@pytest.mark.parametrize("optimizers", ["torch", "farstep"])
 @each_example
-def test_ctrl_c_ends_in_one_line(example: Example, tmp_path: Path) -> None:
-    script = torch_script(example.name, tmp_path)
-    needle = {"digits": "epoch  1", "char_lm": "bytes to train on", "lbfgs_fit": "L-BFGS"}[example.name]
-    status, output = interrupt_after(needle, [sys.executable, str(script)])
+def test_ctrl_c_ends_in_one_line(example: Example, optimizers: str, tmp_path: Path) -> None:
+    script = torch_script(example.path, tmp_path) if optimizers == "torch" else example.path
+    status, output = interrupt_after(example.started, [sys.executable, str(script), *example.arguments(100_000)])
     assert status == 130
     assert output.endswith("\ninterrupted\n")
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("needle", ["torch | epoch  1"])
+@pytest.mark.parametrize("needle", ["torch | epoch  1", "farstep | epoch  1"])
 def test_ctrl_c_ends_the_demo_with_all_it_started(needle: str) -> None:
-    status, output = interrupt_after(needle, [sys.executable, str(EXAMPLES / "demo.py")])
+    status, output = interrupt_after(needle, [sys.executable, str(DEMO)])
     assert status == 130
     assert output.endswith("\ninterrupted\n")
     assert "Traceback" not in output
+
+
+def test_demo_prints_both_accuracies_side_by_side() -> None:
+    output = run([sys.executable, str(DEMO)])
+    rows = re.findall(r"^(plain torch|farstep)\.optim +(\d) +(\d+) +\S+ +(\S+) %$", output, re.MULTILINE)
+    assert [(name, workers, steps) for name, workers, steps, _ in rows] == [
+        ("plain torch", "1", "440"),
+        ("farstep", "2", "440"),
+    ]
+    assert all(float(accuracy) >= 97 for *_, accuracy in rows)
