@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -32,6 +33,7 @@ from farstep_wire.values import from_map
 
 _LOGGER = logging.getLogger(__name__)
 _JOIN_SECONDS = 60.0
+_TOUCH_SECONDS = 1.0
 _LONGEST_WAIT_SECONDS = 3600.0
 _ON_EXISTING = {
     pb.ON_EXISTING_UNSPECIFIED: "attach",
@@ -86,6 +88,7 @@ class Session:
         self._pending: Request | None = None
         self._incoming: Incoming | None = None
         self._number = 0
+        self._last_touch = 0.0
         self._awaited = 0
 
     def frames(self) -> Iterator[bytes]:
@@ -148,6 +151,8 @@ class Session:
                 raise InvalidRequestError(f"request {frame.request}: a frame {problem}")
             if begins:
                 self._begin(frame)
+            else:
+                self._show_life()
             assert self._incoming is not None, "a request is under way"
             self._incoming.take(frame.offset, payload)
         except FarstepError as error:
@@ -158,6 +163,13 @@ class Session:
             if request is not None:
                 self._guarded(request)
         return True
+
+    def _show_life(self) -> None:
+        # A transfer may take longer than the lease; its frames are a sign of life, told once a second at most.
+        now = time.monotonic()
+        if self._seat is not None and now - self._last_touch > _TOUCH_SECONDS:
+            self._last_touch = now
+            self._seat.owner.post(ev.Touch(self._seat.worker, self._seat.epoch))
 
     def _begin(self, frame: pb.ClientFrame) -> None:
         self._number = frame.request
