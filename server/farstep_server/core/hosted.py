@@ -69,7 +69,7 @@ class HostedOptimizer:
         self._driven: DrivenStep | None = None
         self._driven_acts: list[ev.Contribution] = []
         self._evaluation_tickets: dict[str, ev.Ticket] = {}
-        self._deferred: list[ev.Act] = []
+        self._deferred: list[ev.Act | ev.ReadParameters | ev.TakeDump] = []
         self._blocked: list[ev.Contribution] = []
         self._stale = 0
         self._last_step_seconds = 0.0
@@ -122,15 +122,13 @@ class HostedOptimizer:
             case ev.ZeroGrad():
                 self._on_zero_grad(event, now)
             case ev.ReadParameters():
-                reply = ev.ParametersReply(self.version, self.incarnation, self.engine.store.reader())
-                self._between_steps(event.ticket, reply)
+                self._on_read_parameters(event)
             case ev.ReadState():
-                state = self.engine.read_state(event.indices)
-                self._between_steps(event.ticket, ev.StateReply(self.version, self.incarnation, state))
+                self._on_read_state(event)
             case ev.ReadDescription():
                 self._reply(event.ticket, self._describe(event.parameters, now))
             case ev.TakeDump():
-                self._between_steps(event.ticket, ev.DumpReply(self._dump()))
+                self._on_take_dump(event)
             case ev.Restore():
                 self._on_restore(event, now)
             case ev.Stop():
@@ -145,10 +143,30 @@ class HostedOptimizer:
     def _done(self) -> ev.DoneReply:
         return ev.DoneReply(self.version, self.incarnation)
 
-    def _between_steps(self, ticket: ev.Ticket, reply: ev.Reply) -> None:
+    # Reading. In a closure-driven step the parameters are trial ones: what reads them waits for its end, or is refused where
+    # the step may be waiting for the reader.
+
+    def _on_read_parameters(self, event: ev.ReadParameters) -> None:
+        if self._driven is not None and event.worker not in self._driven.contributions:
+            self._deferred.append(event)
+            return
+        self._refuse_in_driven_step()
+        self._reply(event.ticket, ev.ParametersReply(self.version, self.incarnation, self.engine.store.reader()))
+
+    def _on_read_state(self, event: ev.ReadState) -> None:
+        self._refuse_in_driven_step()
+        state = self.engine.read_state(event.indices)
+        self._reply(event.ticket, ev.StateReply(self.version, self.incarnation, state))
+
+    def _on_take_dump(self, event: ev.TakeDump) -> None:
+        if self._driven is not None:
+            self._deferred.append(event)
+        else:
+            self._reply(event.ticket, ev.DumpReply(self._dump()))
+
+    def _refuse_in_driven_step(self) -> None:
         if self._driven is not None:
             raise MismatchError("a closure-driven step is under way; ask again when it has ended", applied=Applied.NO)
-        self._reply(ticket, reply)
 
     # Membership.
 
@@ -317,15 +335,23 @@ class HostedOptimizer:
                 if not self._driven.complete:
                     return
                 self._advance_driven()
+            elif self._deferred:
+                self._resume_deferred(now)
             elif isinstance(policy, Sync) and self._round.ready(
                 policy, self.members.live(), self.version, self._started, now
             ):
                 self._commit(self._round.take())
             elif not self._unblock():
                 return
-            deferred, self._deferred = self._deferred, []
-            for act in deferred:
-                self._on_act(act, now)
+
+    def _resume_deferred(self, now: float) -> None:
+        """Take up what came in during a closure-driven step."""
+        deferred, self._deferred = self._deferred, []
+        for event in deferred:
+            try:
+                self._dispatch(event, now)
+            except FarstepError as error:
+                self._reply(event.ticket, ev.Refusal(error))
 
     def _on_async(self, act: ev.Act) -> None:
         if isinstance(act, ev.Contribution):
@@ -581,8 +607,8 @@ class HostedOptimizer:
 
     def _refuse_all(self, error: FarstepError) -> None:
         self._abort_driven(error)
-        for act in (*self._round.take(), *self._blocked, *self._deferred):
-            self._reply(act.ticket, ev.Refusal(error))
+        for waiting in (*self._round.take(), *self._blocked, *self._deferred):
+            self._reply(waiting.ticket, ev.Refusal(error))
         self._blocked.clear()
         self._deferred.clear()
 
