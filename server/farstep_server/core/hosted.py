@@ -372,8 +372,8 @@ class HostedOptimizer:
         limit = self.identity.policy.max_staleness if isinstance(self.identity.policy, Async) else None
         if limit is None:
             return False
-        counts = {record.worker: record.contributions for record in self.members.live()}
-        return counts.get(worker, 0) - min(counts.values(), default=0) > limit
+        steps = {record.worker: record.steps for record in self.members.live()}
+        return steps.get(worker, 0) - min(steps.values(), default=0) > limit
 
     def _commit(self, acts: Sequence[ev.Act]) -> None:
         try:
@@ -437,6 +437,7 @@ class HostedOptimizer:
             record.version = self.version
             record.abstentions += act.abstain
             record.contributions += not act.abstain
+            record.steps += 1
             reader = None if act.omit_parameters else self.engine.store.reader()
             staleness = max(0, self.version - 1 - act.version)
             self._reply(

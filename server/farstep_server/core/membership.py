@@ -37,6 +37,8 @@ class WorkerRecord:
     contributions: int = 0
     abstentions: int = 0
     stale: int = 0
+    steps: int = 0
+    """Steps of its own, by which stale-synchronous workers are compared; a newcomer starts level with the slowest."""
 
 
 class Membership:
@@ -56,13 +58,16 @@ class Membership:
     def join(self, worker: str, instance: str, now: float) -> tuple[WorkerRecord, bool]:
         """Let a worker in, or in again under a new epoch; return its record and whether its instance was here before."""
         record = self._records.get(worker)
+        slowest = min((other.steps for other in self._records.values() if other.live), default=0)
         if record is None:
-            record = self._records[worker] = WorkerRecord(worker, instance, 0, now)
+            record = self._records[worker] = WorkerRecord(worker, instance, 0, now, live=False)
             resumed = False
         else:
             resumed = record.instance == instance
         if not resumed:
             record.instance, record.settled_sequence, record.settled = instance, 0, None
+        if not record.live:
+            record.steps = max(record.steps, slowest)
         record.epoch += 1
         record.live, record.left = True, False
         record.deadline = now + self.lease_seconds
