@@ -174,12 +174,12 @@ class HostedOptimizer:
         self._check_same(event)
         if event.lineage:
             self._check_reconnect(event)
-        previous = self._round.drop(event.worker)
+        previous = self._withdraw(event.worker)
         record, resumed = self.members.join(event.worker, event.instance, now)
         if previous is not None and not resumed:
             self._fence(previous.ticket, event.worker)
         elif previous is not None:
-            self._round.put(previous, now)
+            self._hold(previous, now)
         if not resumed:
             record.version = self.version
             record.first_round = self.version + 1 if self._started and len(self._round) else self.version
@@ -249,7 +249,7 @@ class HostedOptimizer:
             self._forget(worker)
 
     def _forget(self, worker: str) -> None:
-        act = self._round.drop(worker)
+        act = self._withdraw(worker)
         if act is not None:
             error = FencedError(
                 f"worker {worker} is no member any more; its contribution was dropped", applied=Applied.NO
@@ -274,10 +274,7 @@ class HostedOptimizer:
         elif self._driven is not None:
             self._on_act_during_driven(act)
         elif self._is_current(act, record):
-            if isinstance(self.identity.policy, Async):
-                self._on_async(act)
-            else:
-                self._round.put(act, now)
+            self._hold(act, now)
 
     def _recorded(self, record: WorkerRecord, act: ev.Act) -> ev.Reply:
         if not isinstance(act, ev.Contribution):
@@ -323,7 +320,7 @@ class HostedOptimizer:
 
     def _on_zero_grad(self, event: ev.ZeroGrad, now: float) -> None:
         self.members.check(event.worker, event.epoch, now)
-        self._round.drop(event.worker)
+        self._withdraw(event.worker)
         self._reply(event.ticket, self._done())
 
     # Rounds.
@@ -353,11 +350,21 @@ class HostedOptimizer:
             except FarstepError as error:
                 self._reply(event.ticket, ev.Refusal(error))
 
-    def _on_async(self, act: ev.Act) -> None:
-        if isinstance(act, ev.Contribution):
+    def _hold(self, act: ev.Act, now: float) -> None:
+        if isinstance(self.identity.policy, Sync):
+            self._round.put(act, now)
+        elif isinstance(act, ev.Contribution):
+            self._withdraw(act.worker)  # a retry takes the place of what it repeats
             self._blocked.append(act)
         else:
             self._commit([act])
+
+    def _withdraw(self, worker: str) -> ev.Act | None:
+        """Forget what a worker has handed in and is not decided yet; return it."""
+        for number, act in enumerate(self._blocked):
+            if act.worker == worker:
+                return self._blocked.pop(number)
+        return self._round.drop(worker)
 
     def _unblock(self) -> bool:
         """Commit the first contribution under Async whose worker is not too far ahead."""
