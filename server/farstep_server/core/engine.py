@@ -91,6 +91,17 @@ class Engine:
             self.optimizer.load_state_dict({"state": dict(state), "param_groups": packed})
         self._proven.clear()
 
+    def restore_state(self, state: Sequence[tuple[Any, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
+        """Replace state and options by what ``read_state`` gave, bit for bit.
+
+        ``load_state_dict`` puts each tensor on its device, but also converts most to their parameter's dtype, which need not
+        be the one that the optimizer had chosen for them.
+        """
+        self.load_state(state, groups)
+        for key, entries in state:
+            owner = self.store.tensors[key] if isinstance(key, int) else key
+            self.optimizer.state[owner] = _same_dtypes(self.optimizer.state[owner], entries)
+
     def add_group(self, group: Layout, options: Mapping[str, Any], contents: Tensor) -> None:
         """Add a param group."""
         layout = self.layout.extended(group)
@@ -182,6 +193,18 @@ def _signature(gradients: Gradients) -> frozenset[tuple[int, str]]:
         for index, gradient in enumerate(gradients)
         if gradient is None or gradient.layout is not torch.strided
     )
+
+
+def _same_dtypes(loaded: Any, given: Any) -> Any:
+    if isinstance(loaded, Tensor) and isinstance(given, Tensor):
+        return loaded if loaded.dtype == given.dtype else given.to(loaded.device)
+    if isinstance(loaded, dict) and isinstance(given, dict):
+        return {key: _same_dtypes(value, given.get(key)) for key, value in loaded.items()}
+    if isinstance(loaded, list) and isinstance(given, list):
+        return [_same_dtypes(value, other) for value, other in zip(loaded, given, strict=True)]
+    if isinstance(loaded, tuple) and isinstance(given, tuple):
+        return tuple(_same_dtypes(value, other) for value, other in zip(loaded, given, strict=True))
+    return loaded
 
 
 def _harmless(optimizer: Optimizer, edits: GroupEdits) -> bool:

@@ -162,10 +162,14 @@ class Restore:
 
 @dataclass(frozen=True)
 class Stop:
-    """Refuses all that waits, with the error; nothing is taken afterwards."""
+    """Refuses all that waits, with the error; nothing is taken afterwards.
+
+    ``dump``: answer with a dump, which then holds everything that was ever acknowledged.
+    """
 
     ticket: Ticket
     error: FarstepError
+    dump: bool = False
 
 
 @dataclass(frozen=True)
@@ -317,14 +321,26 @@ class Description:
 
 @dataclass(frozen=True)
 class Member:
-    """What a dump keeps of a worker: its part of the dedup table and of the membership."""
+    """What a dump keeps of a worker: its part of the dedup table and of the membership.
+
+    ``settled`` is the last decided sequence number of the instance, 0 for none; the ``settled_`` fields are what a retry of
+    it is answered with.
+    """
 
     worker: str
     instance: str
     epoch: int
-    settled: int
-    settled_version: int
     live: bool
+    settled: int = 0
+    settled_outcome: Outcome = Outcome.COMMITTED
+    settled_version: int = 0
+    settled_contributions: int = 0
+    settled_loss: object = None
+    version: int = 0
+    contributions: int = 0
+    abstentions: int = 0
+    stale: int = 0
+    steps: int = 0
 
 
 @dataclass(frozen=True)

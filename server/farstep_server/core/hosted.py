@@ -66,6 +66,8 @@ class HostedOptimizer:
         self.members = Membership(identity.lease_seconds)
         self._round = Round()
         self._started = False
+        self.decided = 0
+        """Acts that were decided, by whatever outcome: what makes two dumps of one version differ."""
         self._driven: DrivenStep | None = None
         self._driven_acts: list[ev.Contribution] = []
         self._evaluation_tickets: dict[str, ev.Ticket] = {}
@@ -133,7 +135,7 @@ class HostedOptimizer:
                 self._on_restore(event, now)
             case ev.Stop():
                 self._refuse_all(event.error)
-                self._reply(event.ticket, self._done())
+                self._reply(event.ticket, ev.DumpReply(self._dump()) if event.dump else self._done())
             case ev.Tick():
                 pass
 
@@ -346,7 +348,10 @@ class HostedOptimizer:
         deferred, self._deferred = self._deferred, []
         for event in deferred:
             try:
-                self._dispatch(event, now)
+                if isinstance(event, ev.Act):
+                    self._on_act(event, now)
+                else:
+                    self._dispatch(event, now)
             except FarstepError as error:
                 self._reply(event.ticket, ev.Refusal(error))
 
@@ -455,6 +460,7 @@ class HostedOptimizer:
     def _record(self, act: ev.Act) -> WorkerRecord:
         record = next(record for record in self.members if record.worker == act.worker)
         record.settled_sequence = act.sequence
+        self.decided += 1
         return record
 
     def _load(self, load: ev.LoadState, acts: Sequence[ev.Act]) -> None:
@@ -601,7 +607,9 @@ class HostedOptimizer:
         self.incarnation += 1
         for act in (*self._round.take(), *self._blocked):
             if isinstance(act, ev.Contribution):
-                self._not_used(act, self._record(act), ev.Outcome.ROLLED_BACK)
+                record = self._record(act)
+                record.settled = Settled(ev.Outcome.ROLLED_BACK, self.version)
+                self._not_used(act, record, ev.Outcome.ROLLED_BACK)
             else:
                 error = RollbackError("the hosted optimizer was rolled back", applied=Applied.NO)
                 self._reply(act.ticket, ev.Refusal(error))
@@ -609,7 +617,7 @@ class HostedOptimizer:
         self._reply(event.ticket, self._done())
 
     def _take_over(self, dump: ev.Dump) -> None:
-        self.engine.load_state([(key, entries) for key, entries in dump.state], dump.options)
+        self.engine.restore_state([(key, entries) for key, entries in dump.state], dump.options)
         self.engine.store.write(dump.contents)
         self.version = dump.version
 

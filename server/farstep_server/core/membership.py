@@ -119,22 +119,14 @@ class Membership:
 
     def members(self) -> list[Member]:
         """Return what a dump keeps."""
-        return [
-            Member(
-                record.worker,
-                record.instance,
-                record.epoch,
-                record.settled_sequence,
-                record.settled.version if record.settled else 0,
-                record.live,
-            )
-            for record in self
-        ]
+        return [_member(record) for record in self]
 
     def restore(self, members: list[Member], now: float) -> None:
         """Take over a dump's workers; those that were live get a fresh lease to come back in."""
         for member in members:
-            settled = Settled(version=member.settled_version) if member.settled else None
+            answer = Settled(
+                member.settled_outcome, member.settled_version, member.settled_contributions, member.settled_loss
+            )
             self._records[member.worker] = WorkerRecord(
                 member.worker,
                 member.instance,
@@ -143,7 +135,12 @@ class Membership:
                 live=member.live,
                 left=not member.live,
                 settled_sequence=member.settled,
-                settled=settled,
+                settled=answer if member.settled else None,
+                version=member.version,
+                contributions=member.contributions,
+                abstentions=member.abstentions,
+                stale=member.stale,
+                steps=member.steps,
             )
 
     def rows(self, waiting: set[str], now: float) -> list[WorkerRow]:
@@ -161,6 +158,26 @@ class Membership:
             )
             for record in self
         ]
+
+
+def _member(record: WorkerRecord) -> Member:
+    answer = record.settled or Settled()
+    return Member(
+        record.worker,
+        record.instance,
+        record.epoch,
+        record.live,
+        record.settled_sequence,
+        answer.outcome,
+        answer.version,
+        answer.contributions,
+        answer.loss,
+        record.version,
+        record.contributions,
+        record.abstentions,
+        record.stale,
+        record.steps,
+    )
 
 
 def _standing(record: WorkerRecord, waiting: set[str]) -> str:
