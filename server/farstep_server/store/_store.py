@@ -92,8 +92,8 @@ class SnapshotStore:
     ) -> SnapshotInfo:
         """Write a snapshot; it is durable when this returns.
 
-        What is saved already (same name, version and tag of the same lineage and incarnation, and not damaged) is not
-        written again; its info is returned. Older automatic snapshots beyond ``keep`` are then removed.
+        What is saved already (same name, version, tag and manifest of the same lineage and incarnation, and not damaged)
+        is not written again; its info is returned. Older automatic snapshots beyond ``keep`` are then removed.
 
         Args:
             name: the hosted optimizer's; any text of 1 to 255 bytes in UTF-8.
@@ -117,7 +117,7 @@ class SnapshotStore:
         plan = draft(info, manifest, tensors)
         with self._exclusive(name) as folder:
             entries = entries_in(folder)
-            found = self._saved_already(entries, info)
+            found = self._saved_already(entries, plan)
             if found is not None:
                 return found
             namesakes = [entry for entry in entries if tag is not None and entry.tag == tag]
@@ -129,13 +129,14 @@ class SnapshotStore:
             self._prune(folder, name)
         return saved
 
-    def _saved_already(self, entries: Sequence[Entry], info: SnapshotInfo) -> SnapshotInfo | None:
+    def _saved_already(self, entries: Sequence[Entry], plan: Draft) -> SnapshotInfo | None:
+        info = plan.info
         for entry in reversed(entries):
             if (entry.version, entry.tag) != (info.version, info.tag):
                 continue
             with suppress(StoreError):
                 found = read_manifest(entry, info.name)
-                if _same_life(found.info, info):
+                if _same_life(found.info, info) and found.own == plan.manifest:
                     self._verify(entry, found)
                     return found.info
         return None
