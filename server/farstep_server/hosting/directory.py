@@ -31,6 +31,7 @@ from farstep_wire.errors import (
     NotFoundError,
     RemovedError,
     ResourceExhaustedError,
+    StorageError,
     UnknownOptimizerError,
     WaitError,
 )
@@ -73,6 +74,8 @@ class Directory:
         self.draining = False
         self._owners: dict[str, Owner] = {}
         self._reservations: dict[str, _Reservation] = {}
+        self._withheld: dict[str, str] = {}
+        self._ending: list[Callable[[Owner], None]] = []
         self._sessions = 0
         self._changed = threading.Condition()
 
@@ -82,10 +85,16 @@ class Directory:
         """Return the owner of that name; NotFoundError lists what there is."""
         with self._changed:
             owner = self._owners.get(name)
+            self._refuse_withheld(name)
             if owner is None:
                 known = ", ".join(repr(other) for other in sorted(self._owners)) or "none"
                 raise NotFoundError(f"there is no hosted optimizer {name!r}; hosted here: {known}")
             return owner
+
+    def get(self, name: str) -> Owner | None:
+        """Return the owner of that name, or None."""
+        with self._changed:
+            return self._owners.get(name)
 
     def owners(self) -> list[Owner]:
         """Return all owners by name."""
@@ -110,6 +119,7 @@ class Directory:
         """Return the owner of that name for a client that was attached to it before."""
         with self._changed:
             self._refuse_when_draining()
+            self._refuse_withheld(name)
             owner = self._owners.get(name)
         if owner is None:
             raise RemovedError(
@@ -134,6 +144,7 @@ class Directory:
         with self._changed:
             while True:
                 self._refuse_when_draining()
+                self._refuse_withheld(blueprint.name)
                 owner = self._owners.get(blueprint.name)
                 if owner is not None:
                     self._leave_queue(blueprint.name, worker)
@@ -149,6 +160,20 @@ class Directory:
     def _refuse_when_draining(self) -> None:
         if self.draining:
             raise DrainingError("the server is shutting down; attach again when it is back")
+
+    def withhold(self, name: str, reason: str) -> None:
+        """Refuse whoever asks for the name, with a StorageError that gives the reason; none: do so no more.
+
+        So nobody starts anew under the name of what could not be restored, and thereby loses it.
+        """
+        with self._changed:
+            self._withheld.pop(name, None)
+            if reason:
+                self._withheld[name] = reason
+
+    def _refuse_withheld(self, name: str) -> None:
+        if name in self._withheld:
+            raise StorageError(self._withheld[name])
 
     def _may_create(self, blueprint: Blueprint, worker: str) -> bool:
         reservation = self._reservations.setdefault(blueprint.name, _Reservation())
@@ -209,10 +234,16 @@ class Directory:
             self._leave_queue(name, worker)
 
     def adopt(self, dump: ev.Dump) -> Owner:
-        """Host what a dump holds, as the same lineage and incarnation."""
+        """Host what a dump holds, as the same lineage and incarnation.
+
+        AlreadyExistsError: the name is hosted, or about to be. ResourceExhaustedError: there is no room for it.
+        """
         blueprint = Blueprint(
             dump.name, dump.optimizer, dump.arguments, dump.layout, dump.options, dump.policy, dump.ephemeral
         )
+        with self._changed:
+            self._check_free(dump.name)
+            self._check_room(blueprint)
         hosted = HostedOptimizer(
             self._identity(blueprint, dump.lineage), self._engine(blueprint, dump.contents), time.monotonic
         )
@@ -232,6 +263,11 @@ class Directory:
     def _publish(self, hosted: HostedOptimizer, worker: str) -> Owner:
         name = hosted.identity.name
         with self._changed:
+            if not worker:
+                self._check_free(name)
+            elif self.draining:
+                self._leave_queue(name, worker)
+                self._refuse_when_draining()
             owner = Owner(hosted, self._on_end)
             self._owners[name] = owner
             self._leave_queue(name, worker)
@@ -242,6 +278,11 @@ class Directory:
             version=hosted.version, policy=hosted.identity.policy,
         )  # fmt: skip
         return owner
+
+    def _check_free(self, name: str) -> None:
+        reservation = self._reservations.get(name)
+        if name in self._owners or (reservation is not None and reservation.creator is not None):
+            raise AlreadyExistsError(f"{name!r} is hosted already, or being created by a worker")
 
     # Removing.
 
@@ -264,7 +305,16 @@ class Directory:
         if not live or worker in live:
             self.remove(name)
 
+    def when_ending(self, action: Callable[[Owner], None]) -> None:
+        """Have an action taken when a hosted optimizer ends, on its thread and before its name is free again."""
+        self._ending.append(action)
+
     def _on_end(self, owner: Owner) -> None:
+        for action in self._ending:
+            try:
+                action(owner)
+            except Exception as error:  # noqa: BLE001 - the name must become free whatever happens
+                log_event(_LOGGER, logging.ERROR, "end_not_noted", name=owner.name, exc_info=error)
         with self._changed:
             if self._owners.get(owner.name) is owner:
                 del self._owners[owner.name]

@@ -25,6 +25,9 @@ _LOGGER = logging.getLogger(__name__)
 INLINE_BYTES = 1024 * 1024
 """Parameters of hosted optimizers whose contributions may be handled on the session's thread."""
 
+# What leaves a hosted optimizer as it was.
+_SILENT = (ev.Touch, ev.ReadParameters, ev.ReadState, ev.ReadDescription, ev.TakeDump)
+
 ReplyKind = TypeVar("ReplyKind")
 
 
@@ -50,12 +53,19 @@ class FutureTicket:
 
 
 class Owner:
-    """Runs one hosted optimizer until it is stopped or abandoned; ``on_end`` is told, on the owner's thread."""
+    """Runs one hosted optimizer until it is stopped or abandoned; ``on_end`` is told, on the owner's thread.
+
+    ``changed`` is notified when ``changes`` has gone up, and once ``over`` is set, after the end. ``suspended``: it was ended
+    in order to be hosted again after a restart.
+    """
 
     def __init__(self, hosted: HostedOptimizer, on_end: Callable[[Owner], None]) -> None:
         self.hosted = hosted
         self.name = hosted.identity.name
         self.changed = threading.Condition()
+        self.changes = 0
+        self.suspended = False
+        self.over = False
         self._on_end = on_end
         self._queue: queue.SimpleQueue[ev.Event] = queue.SimpleQueue()
         self._ended = False
@@ -65,6 +75,11 @@ class Owner:
         self._wakes_at = 0.0
         self._thread = threading.Thread(target=self._run, name=f"farstep-owner:{self.name}", daemon=True)
         self._thread.start()
+
+    @property
+    def ended(self) -> bool:
+        """Whether it takes no more events."""
+        return self._ended
 
     def post(self, event: ev.Event) -> None:
         """Hand over an event; after the end it is refused at once."""
@@ -106,18 +121,32 @@ class Owner:
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout_seconds)
 
+    def suspend(self, error: FarstepError, timeout_seconds: float) -> ev.Dump:
+        """Stop, and return a dump with everything that was acknowledged: it is taken as the last event of all.
+
+        The error, where it had ended before; DeadlineError where the step under way takes longer than the timeout.
+        """
+        self.suspended = True
+        self._error = error
+        reply = self.ask(lambda ticket: ev.Stop(ticket, error, dump=True), ev.DumpReply, timeout_seconds)
+        self._thread.join(timeout_seconds)
+        return reply.dump
+
     def _run(self) -> None:
         stopped = False
         while not stopped and not self.hosted.abandoned:
             event = self._next_event()
             with self._turn:
                 self._handle(event)
-            stopped = isinstance(event, ev.Stop)
+                # In the same turn: what a Stop answered with must stay true.
+                self._ended = stopped = isinstance(event, ev.Stop)
         with self._posting, self._turn:
             self._ended = True
         while not self._queue.empty():
             self._refuse(self._queue.get())
         self._on_end(self)
+        self.over = True
+        self._notify()
 
     def _next_event(self) -> ev.Event:
         with self._turn:
@@ -131,7 +160,6 @@ class Owner:
             return ev.Tick()
 
     def _handle(self, event: ev.Event) -> None:
-        version = self.hosted.version
         try:
             replies = self.hosted.handle(event, time.monotonic())
         except Exception as error:  # noqa: BLE001 - a defect here must not take the others down
@@ -142,15 +170,16 @@ class Owner:
             return
         for ticket, reply in replies:
             ticket.deliver(reply)
-        if self.hosted.version != version or isinstance(event, (ev.Join, ev.Leave, ev.Restore, ev.Tick)):
-            self._notify(event)
-
-    def _notify(self, event: ev.Event) -> None:
-        with self.changed:
-            self.changed.notify_all()
+        if not isinstance(event, _SILENT):
+            self._notify()
         if isinstance(event, (ev.Join, ev.Leave)):
             fields = {"name": self.name, "worker": event.worker, "version": self.hosted.version}
             log_event(_LOGGER, logging.INFO, f"worker_{type(event).__name__.lower()}", **fields)
+
+    def _notify(self) -> None:
+        with self.changed:
+            self.changes += 1
+            self.changed.notify_all()
 
     def _refuse(self, event: ev.Event, error: FarstepError | None = None) -> None:
         ticket = getattr(event, "ticket", None)
