@@ -20,15 +20,25 @@ from grpc_reflection.v1alpha import reflection
 from farstep_server.config import ServerConfig
 from farstep_server.core.registry import Registry
 from farstep_server.hosting.directory import Directory
+from farstep_server.hosting.snapshots import Snapshotter
 from farstep_server.logs import log_event
+from farstep_server.service.checkpoint import CheckpointService
+from farstep_server.service.failures import FailureInterceptor
+from farstep_server.service.inspection import InspectionService
 from farstep_server.service.optimizer import OptimizerService
-from farstep_wire.errors import ConfigurationError, DrainingError
+from farstep_server.store import SnapshotStore, StoreError
+from farstep_wire.errors import Applied, ConfigurationError, DrainingError, StorageError
 from farstep_wire.limits import MESSAGE_BYTES
-from farstep_wire.v1 import optimizer_pb2
+from farstep_wire.v1 import checkpoint_pb2, inspection_pb2, optimizer_pb2
+from farstep_wire.v1.checkpoint_pb2_grpc import add_CheckpointServiceServicer_to_server as add_checkpoint
+from farstep_wire.v1.inspection_pb2_grpc import add_InspectionServiceServicer_to_server as add_inspection
 
 _LOGGER = logging.getLogger(__name__)
 _UNARY_THREADS = 32
 _STOP_SECONDS = 2.0
+
+EXIT_SYSTEM = 3
+"""The exit code of the command for what the operating system refused."""
 
 
 def resolve_device(text: str) -> torch.device:
@@ -42,15 +52,29 @@ def resolve_device(text: str) -> torch.device:
 
 
 class App:
-    """One server. ``start`` returns once it serves; ``drain`` ends it in good order."""
+    """One server. ``start`` returns once it serves; ``drain`` ends it in good order.
+
+    OSError: the data directory cannot be used, or is in use by another server.
+    """
 
     def __init__(self, config: ServerConfig, registry: Registry) -> None:
         self._config = config
         self._device = resolve_device(config.device)
         limit = config.memory_budget_bytes()
         self.directory = Directory(registry, self._device, config.lease.total_seconds(), limit)
+        self.snapshots = self._snapshotter()
         self._health = health.HealthServicer()
         self._server = self._grpc_server()
+
+    def _snapshotter(self) -> Snapshotter | None:
+        config = self._config
+        if config.data_dir is None:
+            return None
+        try:
+            store = SnapshotStore(config.data_dir, keep=config.snapshot_keep)
+            return Snapshotter(store, self.directory, config.snapshot_interval.total_seconds())
+        except (StoreError, StorageError) as error:
+            raise OSError(str(error)) from error
 
     def _grpc_server(self) -> grpc.Server:
         options = [
@@ -64,22 +88,28 @@ class App:
         ]
         threads = self._config.max_sessions + _UNARY_THREADS
         pool = ThreadPoolExecutor(threads, thread_name_prefix="farstep-rpc")
-        server = grpc.server(pool, options=options, maximum_concurrent_rpcs=threads)
+        server = grpc.server(
+            pool, interceptors=[FailureInterceptor()], options=options, maximum_concurrent_rpcs=threads
+        )
         server.add_generic_rpc_handlers((OptimizerService(self.directory).handler(),))
+        add_inspection(InspectionService(self.directory, self.snapshots), server)
+        add_checkpoint(CheckpointService(self.snapshots), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = [
-            *(service.full_name for service in optimizer_pb2.DESCRIPTOR.services_by_name.values()),
-            health.SERVICE_NAME,
-            reflection.SERVICE_NAME,
-        ]
-        reflection.enable_server_reflection(names, server)
+        files = (optimizer_pb2.DESCRIPTOR, inspection_pb2.DESCRIPTOR, checkpoint_pb2.DESCRIPTOR)
+        own = [service.full_name for file in files for service in file.services_by_name.values()]
+        reflection.enable_server_reflection([*own, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
         return server
 
     def start(self) -> list[str]:
-        """Listen and serve; return the addresses, with the ports that were chosen."""
+        """Restore what was hosted before, listen and serve; return the addresses, with the ports that were chosen."""
+        if self.snapshots is not None:
+            # Before anyone can connect: a client that comes back must find what it left.
+            self.snapshots.restore_all()
         addresses = [self._listen(address) for address in self._config.listen]
         self._server.start()
         self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        if self.snapshots is not None:
+            self.snapshots.start()
         for address in addresses:
             log_event(_LOGGER, logging.INFO, "serving", address=address, device=self._device, torch=torch.__version__)
         return addresses
@@ -94,8 +124,8 @@ class App:
             return address
         return f"{address.rpartition(':')[0]}:{port}"
 
-    def drain(self, *, wait_for_workers: bool) -> None:
-        """Take no new sessions, let the step under way end, and stop.
+    def drain(self, *, wait_for_workers: bool) -> bool:
+        """Take no new sessions, let the step under way end, save everything, and stop; return whether all could be saved.
 
         ``wait_for_workers``: give attached workers the grace period to leave on their own first.
         """
@@ -104,9 +134,17 @@ class App:
         self.directory.drain()
         if wait_for_workers:
             self.directory.wait_until_left(self._config.drain_grace.total_seconds())
-        self.directory.stop_all(DrainingError("the server is shutting down; the contribution was not applied"))
+        error = DrainingError("the server is shutting down; the contribution was not applied", applied=Applied.NO)
+        saved = True
+        if self.snapshots is None:
+            self.directory.stop_all(error)
+        else:
+            saved = self.snapshots.suspend_all(error)
         self._server.stop(_STOP_SECONDS).wait()
+        if self.snapshots is not None:
+            self.snapshots.close()
         log_event(_LOGGER, logging.INFO, "stopped")
+        return saved
 
 
 def build_registry(optimizers: tuple[str, ...]) -> Registry:
@@ -142,7 +180,10 @@ def load_optimizer(registry: Registry, text: str) -> None:
 
 
 def serve(config: ServerConfig) -> int:
-    """Run a server until SIGTERM, SIGINT, or the end of stdin where so configured; return the exit code."""
+    """Run a server until SIGTERM, SIGINT, or the end of stdin where so configured; return the exit code.
+
+    0: it drained. EXIT_SYSTEM: it did, but could not save all that it hosted.
+    """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     app = App(config, build_registry(config.optimizer))
@@ -156,8 +197,7 @@ def serve(config: ServerConfig) -> int:
         with os.fdopen(config.ready_fd, "w") as ready:
             ready.write(json.dumps({"address": addresses[0]}) + "\n")
     stop.wait()
-    app.drain(wait_for_workers=config.exit_with_parent)
-    return 0
+    return 0 if app.drain(wait_for_workers=config.exit_with_parent) else EXIT_SYSTEM
 
 
 def _watch_stdin(stop: Callable[[], None]) -> None:
