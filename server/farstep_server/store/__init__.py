@@ -26,7 +26,7 @@ Decisions, and why:
   file is hashed on its way to and from the disk, piece by piece, so that it is read once; hashing releases the GIL.
 * **safetensors, written here.** The library's ``save_file`` can neither hash nor fsync what it writes, and its older
   releases copy every tensor first. The format is a length, a JSON header and raw bytes. Writing takes no memory beyond
-  one block (at most 16 MiB, for tensors that are not contiguous); reading goes straight into the new tensors. Tests
+  one block (at most 4 MiB, for tensors that are not contiguous); reading goes straight into the new tensors. Tests
   have the library read every dtype.
 * **Any reader sees the right values**: tensors lie in C order under their own shape, whatever their strides, which
   stand in the manifest and are restored where dense. What readers commonly lack is stored as something that all have:

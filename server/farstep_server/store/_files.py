@@ -16,10 +16,11 @@ from farstep_server.store._errors import SnapshotCorruptError, SnapshotReadError
 # Hashed and written in pieces that stay in the processor's cache between the two.
 _PIECE_BYTES = 1024 * 1024
 
-# Each step of a save goes through one of these; tests put faults and a record in their place.
+# What a save or load asks of the system goes through these; tests put faults and records in their place.
 _write = os.write
 _fsync = os.fsync
 _rename = os.rename
+_open = os.open
 
 _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ELOOP}
 
@@ -37,7 +38,7 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> FileRecord:
     """Write a new file, mode 0600, and fsync it. Each piece is done with before the next is asked for."""
     digest = hashlib.sha256()
     nbytes = 0
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    fd = _open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         for piece in pieces:
             for part in _parts(memoryview(piece)):
@@ -98,7 +99,7 @@ class HashingReader:
 def open_reader(path: Path) -> Iterator[HashingReader]:
     """Open a file for reading; what the system reports while it is open is translated (`translated`)."""
     with translated(path):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = _open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             yield HashingReader(path, fd)
         finally:
@@ -123,7 +124,7 @@ def read_file(path: Path) -> bytes:
 
 def sync_directory(path: Path) -> None:
     """Make a directory's entries durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = _open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         _fsync(fd)
     finally:

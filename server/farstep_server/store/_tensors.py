@@ -44,7 +44,7 @@ _BIT_CODES = {1: "U8", 2: "U16", 4: "U32", 8: "U64"}
 # Copies between strides move bits of these, since not every dtype has every kernel; complex128 has its own.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
-_BLOCK_BYTES = 16 * 1024 * 1024
+_BLOCK_BYTES = 4 * 1024 * 1024
 _HEADER_BYTES = 100_000_000  # the limit of the reference reader
 
 
@@ -116,9 +116,10 @@ def contents_of(specs: Mapping[str, TensorSpec], tensors: Mapping[str, Tensor]) 
     yield header_of(specs)
     for key in _places(specs):
         plain = tensors[key].detach().resolve_conj().resolve_neg().cpu()
-        for block in _blocks(plain.view(_BITS[plain.dtype.itemsize])):
-            dense = block.contiguous()  # kept alive while its memory is out
-            yield _memory(dense)
+        words = plain.view(_BITS[plain.dtype.itemsize])
+        scratch = _scratch(words)
+        for block in _blocks(words):
+            yield _memory(block if block.is_contiguous() else _room(scratch, block).copy_(block))
 
 
 def read_tensors(reader: HashingReader, specs: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
@@ -131,8 +132,14 @@ def read_tensors(reader: HashingReader, specs: Mapping[str, TensorSpec]) -> dict
     for key in sorted(specs, key=lambda key: offsets[key]):
         spec = specs[key]
         bits = torch.empty_strided(spec.shape, spec.strides, dtype=_BITS[spec.dtype.itemsize])
+        scratch = _scratch(bits)
         for block in _blocks(bits):
-            _read_block(reader, block)
+            if block.is_contiguous():
+                reader.read_into(_memory(block))
+            else:
+                dense = _room(scratch, block)
+                reader.read_into(_memory(dense))
+                block.copy_(dense)
         loaded[key] = bits.view(spec.dtype)  # not made as such: complex32 warns when memory is taken for it
     return {key: loaded[key] for key in specs}
 
@@ -159,17 +166,17 @@ def _offsets(reader: HashingReader, specs: Mapping[str, TensorSpec]) -> dict[str
     return offsets
 
 
-def _read_block(reader: HashingReader, block: Tensor) -> None:
-    if block.is_contiguous():
-        reader.read_into(_memory(block))
-        return
-    dense = torch.empty(block.shape, dtype=block.dtype)
-    reader.read_into(_memory(dense))
-    block.copy_(dense)
+def _scratch(tensor: Tensor) -> Tensor:
+    """Return memory for one block at a time; a new piece for each would fragment the heap."""
+    return tensor.new_empty(0 if tensor.is_contiguous() else min(tensor.numel(), _BLOCK_BYTES // tensor.itemsize))
+
+
+def _room(scratch: Tensor, block: Tensor) -> Tensor:
+    return scratch[: block.numel()].view(block.shape)
 
 
 def _blocks(tensor: Tensor) -> Iterator[Tensor]:
-    """Cut a tensor into views that follow each other in C order, each of them contiguous or at most 16 MiB large."""
+    """Cut a tensor into views that follow each other in C order, each of them contiguous or at most 4 MiB large."""
     nbytes = tensor.numel() * tensor.itemsize
     if tensor.is_contiguous() or nbytes <= _BLOCK_BYTES:
         yield tensor
