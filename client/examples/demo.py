@@ -88,8 +88,9 @@ def stop(process: subprocess.Popen[str]) -> None:
         return
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
-    # torchrun ends its workers when it is told to end; each lives in a session that only torchrun knows of.
-    os.killpg(process.pid, signal.SIGTERM)
+    # torchrun passes it on to its workers, each in a session that only torchrun knows of, and waits for them; and a
+    # worker that is interrupted, not terminated, takes its embedded server along.
+    os.killpg(process.pid, signal.SIGINT)
     try:
         process.communicate(timeout=STOP_TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
