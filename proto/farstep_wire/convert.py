@@ -70,7 +70,7 @@ def forms_to_proto(forms: Mapping[int, GradientForm]) -> list[opb.GradientForm]:
         elif isinstance(form, TensorSpec):
             result.append(opb.GradientForm(parameter=index, strided=spec_to_proto(form)))
         else:
-            sparse = opb.Sparse(nnz=form.nnz, sparse_dims=form.sparse_dims, coalesced=form.coalesced)
+            sparse = opb.SparseForm(nnz=form.nnz, sparse_dims=form.sparse_dims, coalesced=form.coalesced)
             result.append(opb.GradientForm(parameter=index, sparse=sparse))
     return result
 

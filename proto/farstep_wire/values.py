@@ -51,8 +51,8 @@ def spec_from_proto(message: pb.TensorSpec, where: str) -> TensorSpec:
 def dense_cpu(tensor: Tensor) -> Tensor:
     """Return the tensor on the CPU with dense strides, copied only where it must be."""
     plain = tensor.detach()
-    if plain.is_sparse:
-        raise TypeError("a sparse tensor cannot travel as a value")
+    if plain.layout is not torch.strided:
+        raise TypeError(f"a tensor of layout {plain.layout} cannot travel as a value")
     plain = plain.resolve_conj().resolve_neg().cpu()
     return plain if TensorSpec.of(plain).is_dense else torch.empty_like(plain).copy_(plain)
 
@@ -109,6 +109,15 @@ def to_value(obj: object, where: str, tensors: list[Tensor] | None = None) -> pb
 
 
 def _tensor_value(tensor: Tensor, where: str, tensors: list[Tensor] | None) -> pb.Value:
+    if tensor.layout is torch.sparse_coo:
+        plain = tensor.detach()
+        sparse = pb.Sparse(
+            indices=_tensor_value(plain._indices(), where, tensors),
+            values=_tensor_value(plain._values(), where, tensors),
+            shape=plain.shape,
+            coalesced=plain.is_coalesced(),
+        )
+        return pb.Value(sparse=sparse)
     if tensors is not None:
         tensors.append(tensor)
         return pb.Value(tensor_ref=len(tensors) - 1)
@@ -152,6 +161,8 @@ def from_value(message: pb.Value, where: str, tensors: Sequence[Tensor] = (), de
             if message.tensor_ref >= len(tensors):
                 raise ValueError(f"{where} refers to tensor {message.tensor_ref} of {len(tensors)}")
             return tensors[message.tensor_ref]
+        case "sparse":
+            return _sparse_from_proto(message.sparse, where, tensors, depth)
         case "list":
             return [from_value(item, where, tensors, depth + 1) for item in message.list.items]
         case "tuple":
@@ -159,6 +170,19 @@ def from_value(message: pb.Value, where: str, tensors: Sequence[Tensor] = (), de
         case "map":
             return from_map(message.map, where, tensors, depth + 1)
     raise ValueError(f"{where} is an empty value")
+
+
+def _sparse_from_proto(message: pb.Sparse, where: str, tensors: Sequence[Tensor], depth: int) -> Tensor:
+    indices = from_value(message.indices, where, tensors, depth + 1)
+    values = from_value(message.values, where, tensors, depth + 1)
+    if not (isinstance(indices, Tensor) and isinstance(values, Tensor)):
+        raise ValueError(f"{where}: a sparse tensor's indices and values must be tensors")
+    try:
+        return torch.sparse_coo_tensor(
+            indices, values, tuple(message.shape), is_coalesced=message.coalesced, check_invariants=True
+        )
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def from_map(message: pb.ValueMap, where: str, tensors: Sequence[Tensor] = (), depth: int = 0) -> dict[Any, Any]:

@@ -88,8 +88,11 @@ def assert_same_parameters(left: Iterable[Tensor], right: Iterable[Tensor], wher
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors have the same dtype, shape and bits."""
-    if left.dtype != right.dtype or left.shape != right.shape:
+    if (left.dtype, left.shape, left.layout) != (right.dtype, right.shape, right.layout):
         return False
+    if left.layout is torch.sparse_coo:
+        parts = ((left._indices(), right._indices()), (left._values(), right._values()))
+        return left.is_coalesced() == right.is_coalesced() and all(same_bits(a, b) for a, b in parts)
     a, b = (tensor.detach().cpu().resolve_conj().contiguous() for tensor in (left, right))
     return bool(torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)))
 

@@ -182,6 +182,7 @@ class Binding:
     def _dense(self, index: int, gradient: Tensor, forms: dict[int, GradientForm]) -> Tensor:
         spec = self.layout.specs[index]
         if gradient.dtype != spec.dtype or gradient.shape != spec.shape:
+            self.check()
             key = self.layout.parameters[index].key
             raise TypeError(f"the gradient of {key!r} is {TensorSpec.of(gradient)}, the parameter is {spec}")
         lazy = gradient.is_conj() or gradient.is_neg()

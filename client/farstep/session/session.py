@@ -22,7 +22,7 @@ from farstep_wire.bundle import BundleBody, empty_buffer, read_bundle
 from farstep_wire.convert import edits_from_proto, edits_to_proto, forms_to_proto, layout_to_proto, policy_to_proto
 from farstep_wire.errors import ConfigurationError, FarstepError
 from farstep_wire.frames import EMPTY, Body, BufferSink, BytesSource, NullSink, Sink
-from farstep_wire.layout import GradientForm, Layout
+from farstep_wire.layout import GradientForm, Layout, dtype_name
 from farstep_wire.policy import Policy, Sync
 from farstep_wire.v1 import optimizer_pb2 as pb
 from farstep_wire.values import from_map, from_value, memory, to_map, to_value
@@ -138,6 +138,7 @@ class Session:
             worker=self.worker,
             on_existing=_ON_EXISTING[self.remote.on_existing],
             ephemeral=self.ephemeral,
+            default_dtype=dtype_name(torch.get_default_dtype()),
         )
         return attach, Body([layout])
 

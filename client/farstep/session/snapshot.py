@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from farstep_wire.layout import TensorSpec
@@ -37,7 +38,9 @@ def state_digest(pairs: Sequence[tuple[Any, Any]]) -> bytes:
 
 
 def _add(digest: hashlib.blake2b, value: Any) -> None:
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and value.layout is torch.sparse_coo:
+        _add(digest, ("sparse", tuple(value.shape), value._indices(), value._values()))
+    elif isinstance(value, Tensor):
         plain = dense_cpu(value)
         spec = TensorSpec.of(plain)
         digest.update(str(spec).encode())

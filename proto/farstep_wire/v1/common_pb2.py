@@ -24,43 +24,45 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66\x61rstep_wire/v1/common.proto\x12\nfarstep.v1\"\xbd\x02\n\x05Value\x12\x0e\n\x04none\x18\x01 \x01(\x08H\x00\x12\x11\n\x07\x62oolean\x18\x02 \x01(\x08H\x00\x12\x11\n\x07integer\x18\x03 \x01(\x12H\x00\x12\x0e\n\x04real\x18\x04 \x01(\x01H\x00\x12\x0e\n\x04text\x18\x05 \x01(\tH\x00\x12%\n\x04list\x18\x06 \x01(\x0b\x32\x15.farstep.v1.ValueListH\x00\x12&\n\x05tuple\x18\x07 \x01(\x0b\x32\x15.farstep.v1.ValueListH\x00\x12#\n\x03map\x18\x08 \x01(\x0b\x32\x14.farstep.v1.ValueMapH\x00\x12$\n\x06tensor\x18\t \x01(\x0b\x32\x12.farstep.v1.TensorH\x00\x12\x14\n\ntensor_ref\x18\n \x01(\rH\x00\x12&\n\x07\x63omplex\x18\x0b \x01(\x0b\x32\x13.farstep.v1.ComplexH\x00\x42\x06\n\x04kind\"-\n\tValueList\x12 \n\x05items\x18\x01 \x03(\x0b\x32\x11.farstep.v1.Value\"3\n\x08ValueMap\x12\'\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x16.farstep.v1.ValueEntry\"N\n\nValueEntry\x12\x1e\n\x03key\x18\x01 \x01(\x0b\x32\x11.farstep.v1.Value\x12 \n\x05value\x18\x02 \x01(\x0b\x32\x11.farstep.v1.Value\"*\n\x07\x43omplex\x12\x0c\n\x04real\x18\x01 \x01(\x01\x12\x11\n\timaginary\x18\x02 \x01(\x01\";\n\nTensorSpec\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12\x0f\n\x07strides\x18\x03 \x03(\x04\"<\n\x06Tensor\x12$\n\x04spec\x18\x01 \x01(\x0b\x32\x16.farstep.v1.TensorSpec\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"R\n\x06\x42undle\x12\x1f\n\x04tree\x18\x01 \x01(\x0b\x32\x11.farstep.v1.Value\x12\'\n\x07tensors\x18\x02 \x03(\x0b\x32\x16.farstep.v1.TensorSpec\"g\n\tParameter\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x04spec\x18\x02 \x01(\x0b\x32\x16.farstep.v1.TensorSpec\x12\x0f\n\x07storage\x18\x03 \x01(\r\x12\x16\n\x0estorage_offset\x18\x04 \x01(\x04\"^\n\nParamGroup\x12)\n\nparameters\x18\x01 \x03(\x0b\x32\x15.farstep.v1.Parameter\x12%\n\x07options\x18\x02 \x01(\x0b\x32\x14.farstep.v1.ValueMap\"0\n\x06Layout\x12&\n\x06groups\x18\x01 \x03(\x0b\x32\x16.farstep.v1.ParamGroup\"V\n\x06Policy\x12 \n\x04sync\x18\x01 \x01(\x0b\x32\x10.farstep.v1.SyncH\x00\x12\"\n\x05\x61sync\x18\x02 \x01(\x0b\x32\x11.farstep.v1.AsyncH\x00\x42\x06\n\x04kind\"@\n\x04Sync\x12\x0f\n\x07workers\x18\x01 \x01(\r\x12\x13\n\x0bmin_workers\x18\x02 \x01(\r\x12\x12\n\ntimeout_ms\x18\x03 \x01(\x04\"5\n\x05\x41sync\x12\x1a\n\rmax_staleness\x18\x01 \x01(\rH\x00\x88\x01\x01\x42\x10\n\x0e_max_staleness\"f\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12$\n\x07\x61pplied\x18\x03 \x01(\x0e\x32\x13.farstep.v1.Applied\x12\x16\n\x0e\x65xception_type\x18\x04 \x01(\t*X\n\x07\x41pplied\x12\x17\n\x13\x41PPLIED_UNSPECIFIED\x10\x00\x12\x0e\n\nAPPLIED_NO\x10\x01\x12\x0f\n\x0b\x41PPLIED_YES\x10\x02\x12\x13\n\x0f\x41PPLIED_UNKNOWN\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66\x61rstep_wire/v1/common.proto\x12\nfarstep.v1\"\xe3\x02\n\x05Value\x12\x0e\n\x04none\x18\x01 \x01(\x08H\x00\x12\x11\n\x07\x62oolean\x18\x02 \x01(\x08H\x00\x12\x11\n\x07integer\x18\x03 \x01(\x12H\x00\x12\x0e\n\x04real\x18\x04 \x01(\x01H\x00\x12\x0e\n\x04text\x18\x05 \x01(\tH\x00\x12%\n\x04list\x18\x06 \x01(\x0b\x32\x15.farstep.v1.ValueListH\x00\x12&\n\x05tuple\x18\x07 \x01(\x0b\x32\x15.farstep.v1.ValueListH\x00\x12#\n\x03map\x18\x08 \x01(\x0b\x32\x14.farstep.v1.ValueMapH\x00\x12$\n\x06tensor\x18\t \x01(\x0b\x32\x12.farstep.v1.TensorH\x00\x12\x14\n\ntensor_ref\x18\n \x01(\rH\x00\x12&\n\x07\x63omplex\x18\x0b \x01(\x0b\x32\x13.farstep.v1.ComplexH\x00\x12$\n\x06sparse\x18\x0c \x01(\x0b\x32\x12.farstep.v1.SparseH\x00\x42\x06\n\x04kind\"q\n\x06Sparse\x12\"\n\x07indices\x18\x01 \x01(\x0b\x32\x11.farstep.v1.Value\x12!\n\x06values\x18\x02 \x01(\x0b\x32\x11.farstep.v1.Value\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x11\n\tcoalesced\x18\x04 \x01(\x08\"-\n\tValueList\x12 \n\x05items\x18\x01 \x03(\x0b\x32\x11.farstep.v1.Value\"3\n\x08ValueMap\x12\'\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x16.farstep.v1.ValueEntry\"N\n\nValueEntry\x12\x1e\n\x03key\x18\x01 \x01(\x0b\x32\x11.farstep.v1.Value\x12 \n\x05value\x18\x02 \x01(\x0b\x32\x11.farstep.v1.Value\"*\n\x07\x43omplex\x12\x0c\n\x04real\x18\x01 \x01(\x01\x12\x11\n\timaginary\x18\x02 \x01(\x01\";\n\nTensorSpec\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12\x0f\n\x07strides\x18\x03 \x03(\x04\"<\n\x06Tensor\x12$\n\x04spec\x18\x01 \x01(\x0b\x32\x16.farstep.v1.TensorSpec\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"R\n\x06\x42undle\x12\x1f\n\x04tree\x18\x01 \x01(\x0b\x32\x11.farstep.v1.Value\x12\'\n\x07tensors\x18\x02 \x03(\x0b\x32\x16.farstep.v1.TensorSpec\"g\n\tParameter\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x04spec\x18\x02 \x01(\x0b\x32\x16.farstep.v1.TensorSpec\x12\x0f\n\x07storage\x18\x03 \x01(\r\x12\x16\n\x0estorage_offset\x18\x04 \x01(\x04\"^\n\nParamGroup\x12)\n\nparameters\x18\x01 \x03(\x0b\x32\x15.farstep.v1.Parameter\x12%\n\x07options\x18\x02 \x01(\x0b\x32\x14.farstep.v1.ValueMap\"0\n\x06Layout\x12&\n\x06groups\x18\x01 \x03(\x0b\x32\x16.farstep.v1.ParamGroup\"V\n\x06Policy\x12 \n\x04sync\x18\x01 \x01(\x0b\x32\x10.farstep.v1.SyncH\x00\x12\"\n\x05\x61sync\x18\x02 \x01(\x0b\x32\x11.farstep.v1.AsyncH\x00\x42\x06\n\x04kind\"@\n\x04Sync\x12\x0f\n\x07workers\x18\x01 \x01(\r\x12\x13\n\x0bmin_workers\x18\x02 \x01(\r\x12\x12\n\ntimeout_ms\x18\x03 \x01(\x04\"5\n\x05\x41sync\x12\x1a\n\rmax_staleness\x18\x01 \x01(\rH\x00\x88\x01\x01\x42\x10\n\x0e_max_staleness\"f\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12$\n\x07\x61pplied\x18\x03 \x01(\x0e\x32\x13.farstep.v1.Applied\x12\x16\n\x0e\x65xception_type\x18\x04 \x01(\t*X\n\x07\x41pplied\x12\x17\n\x13\x41PPLIED_UNSPECIFIED\x10\x00\x12\x0e\n\nAPPLIED_NO\x10\x01\x12\x0f\n\x0b\x41PPLIED_YES\x10\x02\x12\x13\n\x0f\x41PPLIED_UNKNOWN\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'farstep_wire.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_APPLIED']._serialized_start=1359
-  _globals['_APPLIED']._serialized_end=1447
+  _globals['_APPLIED']._serialized_start=1512
+  _globals['_APPLIED']._serialized_end=1600
   _globals['_VALUE']._serialized_start=45
-  _globals['_VALUE']._serialized_end=362
-  _globals['_VALUELIST']._serialized_start=364
-  _globals['_VALUELIST']._serialized_end=409
-  _globals['_VALUEMAP']._serialized_start=411
-  _globals['_VALUEMAP']._serialized_end=462
-  _globals['_VALUEENTRY']._serialized_start=464
-  _globals['_VALUEENTRY']._serialized_end=542
-  _globals['_COMPLEX']._serialized_start=544
-  _globals['_COMPLEX']._serialized_end=586
-  _globals['_TENSORSPEC']._serialized_start=588
-  _globals['_TENSORSPEC']._serialized_end=647
-  _globals['_TENSOR']._serialized_start=649
-  _globals['_TENSOR']._serialized_end=709
-  _globals['_BUNDLE']._serialized_start=711
-  _globals['_BUNDLE']._serialized_end=793
-  _globals['_PARAMETER']._serialized_start=795
-  _globals['_PARAMETER']._serialized_end=898
-  _globals['_PARAMGROUP']._serialized_start=900
-  _globals['_PARAMGROUP']._serialized_end=994
-  _globals['_LAYOUT']._serialized_start=996
-  _globals['_LAYOUT']._serialized_end=1044
-  _globals['_POLICY']._serialized_start=1046
-  _globals['_POLICY']._serialized_end=1132
-  _globals['_SYNC']._serialized_start=1134
-  _globals['_SYNC']._serialized_end=1198
-  _globals['_ASYNC']._serialized_start=1200
-  _globals['_ASYNC']._serialized_end=1253
-  _globals['_FAILURE']._serialized_start=1255
-  _globals['_FAILURE']._serialized_end=1357
+  _globals['_VALUE']._serialized_end=400
+  _globals['_SPARSE']._serialized_start=402
+  _globals['_SPARSE']._serialized_end=515
+  _globals['_VALUELIST']._serialized_start=517
+  _globals['_VALUELIST']._serialized_end=562
+  _globals['_VALUEMAP']._serialized_start=564
+  _globals['_VALUEMAP']._serialized_end=615
+  _globals['_VALUEENTRY']._serialized_start=617
+  _globals['_VALUEENTRY']._serialized_end=695
+  _globals['_COMPLEX']._serialized_start=697
+  _globals['_COMPLEX']._serialized_end=739
+  _globals['_TENSORSPEC']._serialized_start=741
+  _globals['_TENSORSPEC']._serialized_end=800
+  _globals['_TENSOR']._serialized_start=802
+  _globals['_TENSOR']._serialized_end=862
+  _globals['_BUNDLE']._serialized_start=864
+  _globals['_BUNDLE']._serialized_end=946
+  _globals['_PARAMETER']._serialized_start=948
+  _globals['_PARAMETER']._serialized_end=1051
+  _globals['_PARAMGROUP']._serialized_start=1053
+  _globals['_PARAMGROUP']._serialized_end=1147
+  _globals['_LAYOUT']._serialized_start=1149
+  _globals['_LAYOUT']._serialized_end=1197
+  _globals['_POLICY']._serialized_start=1199
+  _globals['_POLICY']._serialized_end=1285
+  _globals['_SYNC']._serialized_start=1287
+  _globals['_SYNC']._serialized_end=1351
+  _globals['_ASYNC']._serialized_start=1353
+  _globals['_ASYNC']._serialized_end=1406
+  _globals['_FAILURE']._serialized_start=1408
+  _globals['_FAILURE']._serialized_end=1510
 # @@protoc_insertion_point(module_scope)

@@ -64,6 +64,7 @@ class Value(_message.Message):
     TENSOR_FIELD_NUMBER: _builtins.int
     TENSOR_REF_FIELD_NUMBER: _builtins.int
     COMPLEX_FIELD_NUMBER: _builtins.int
+    SPARSE_FIELD_NUMBER: _builtins.int
     none: _builtins.bool
     """None; the flag itself is always true."""
     boolean: _builtins.bool
@@ -96,6 +97,10 @@ class Value(_message.Message):
     def complex(self) -> Global___Complex:
         """A complex number."""
 
+    @_builtins.property
+    def sparse(self) -> Global___Sparse:
+        """A sparse tensor."""
+
     def __init__(
         self,
         *,
@@ -110,16 +115,57 @@ class Value(_message.Message):
         tensor: Global___Tensor | None = ...,
         tensor_ref: _builtins.int = ...,
         complex: Global___Complex | None = ...,
+        sparse: Global___Sparse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["boolean", b"boolean", "complex", b"complex", "integer", b"integer", "kind", b"kind", "list", b"list", "map", b"map", "none", b"none", "real", b"real", "tensor", b"tensor", "tensor_ref", b"tensor_ref", "text", b"text", "tuple", b"tuple"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["boolean", b"boolean", "complex", b"complex", "integer", b"integer", "kind", b"kind", "list", b"list", "map", b"map", "none", b"none", "real", b"real", "sparse", b"sparse", "tensor", b"tensor", "tensor_ref", b"tensor_ref", "text", b"text", "tuple", b"tuple"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boolean", b"boolean", "complex", b"complex", "integer", b"integer", "kind", b"kind", "list", b"list", "map", b"map", "none", b"none", "real", b"real", "tensor", b"tensor", "tensor_ref", b"tensor_ref", "text", b"text", "tuple", b"tuple"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boolean", b"boolean", "complex", b"complex", "integer", b"integer", "kind", b"kind", "list", b"list", "map", b"map", "none", b"none", "real", b"real", "sparse", b"sparse", "tensor", b"tensor", "tensor_ref", b"tensor_ref", "text", b"text", "tuple", b"tuple"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["none", "boolean", "integer", "real", "text", "list", "tuple", "map", "tensor", "tensor_ref", "complex"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["none", "boolean", "integer", "real", "text", "list", "tuple", "map", "tensor", "tensor_ref", "complex", "sparse"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___Value: _TypeAlias = Value  # noqa: Y015
+
+@_typing.final
+class Sparse(_message.Message):
+    """A sparse COO tensor, such as the momentum of sparse gradients."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDICES_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    SHAPE_FIELD_NUMBER: _builtins.int
+    COALESCED_FIELD_NUMBER: _builtins.int
+    coalesced: _builtins.bool
+    """Whether the indices are sorted and unique."""
+    @_builtins.property
+    def indices(self) -> Global___Value:
+        """The indices: an int64 tensor of sparse dimensions by elements."""
+
+    @_builtins.property
+    def values(self) -> Global___Value:
+        """The values: a tensor of elements by the dense dimensions."""
+
+    @_builtins.property
+    def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Size of each dimension, sparse and dense."""
+
+    def __init__(
+        self,
+        *,
+        indices: Global___Value | None = ...,
+        values: Global___Value | None = ...,
+        shape: _abc.Iterable[_builtins.int] | None = ...,
+        coalesced: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["indices", b"indices", "values", b"values"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coalesced", b"coalesced", "indices", b"indices", "shape", b"shape", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Sparse: _TypeAlias = Sparse  # noqa: Y015
 
 @_typing.final
 class ValueList(_message.Message):

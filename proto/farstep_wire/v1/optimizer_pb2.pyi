@@ -248,6 +248,7 @@ class Attach(_message.Message):
     INCARNATION_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     WAIT_MS_FIELD_NUMBER: _builtins.int
+    DEFAULT_DTYPE_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     """The client's revision of this protocol."""
     client_version: _builtins.str
@@ -272,6 +273,8 @@ class Attach(_message.Message):
     """On a reconnect: the version of the parameters it holds."""
     wait_ms: _builtins.int
     """How long the client waits for other workers and for the creation, in milliseconds."""
+    default_dtype: _builtins.str
+    """torch's default dtype on the client, which some classes give to their scalar state; empty: "float32"."""
     @_builtins.property
     def arguments(self) -> _common_pb2.ValueMap:
         """The constructor's arguments other than the parameters."""
@@ -297,10 +300,11 @@ class Attach(_message.Message):
         incarnation: _builtins.int = ...,
         version: _builtins.int = ...,
         wait_ms: _builtins.int = ...,
+        default_dtype: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "client_version", b"client_version", "ephemeral", b"ephemeral", "incarnation", b"incarnation", "instance", b"instance", "lineage", b"lineage", "name", b"name", "on_existing", b"on_existing", "optimizer", b"optimizer", "policy", b"policy", "protocol", b"protocol", "version", b"version", "wait_ms", b"wait_ms", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "client_version", b"client_version", "default_dtype", b"default_dtype", "ephemeral", b"ephemeral", "incarnation", b"incarnation", "instance", b"instance", "lineage", b"lineage", "name", b"name", "on_existing", b"on_existing", "optimizer", b"optimizer", "policy", b"policy", "protocol", b"protocol", "version", b"version", "wait_ms", b"wait_ms", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -475,7 +479,7 @@ class GradientForm(_message.Message):
         """Dense with strides of its own."""
 
     @_builtins.property
-    def sparse(self) -> Global___Sparse:
+    def sparse(self) -> Global___SparseForm:
         """Sparse COO."""
 
     def __init__(
@@ -484,7 +488,7 @@ class GradientForm(_message.Message):
         parameter: _builtins.int = ...,
         absent: _builtins.bool = ...,
         strided: _common_pb2.TensorSpec | None = ...,
-        sparse: Global___Sparse | None = ...,
+        sparse: Global___SparseForm | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "form", b"form", "sparse", b"sparse", "strided", b"strided"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -497,7 +501,7 @@ class GradientForm(_message.Message):
 Global___GradientForm: _TypeAlias = GradientForm  # noqa: Y015
 
 @_typing.final
-class Sparse(_message.Message):
+class SparseForm(_message.Message):
     """A sparse COO gradient: its bytes are the indices (int64, sparse_dims x nnz) and then the values."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -524,7 +528,7 @@ class Sparse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Sparse: _TypeAlias = Sparse  # noqa: Y015
+Global___SparseForm: _TypeAlias = SparseForm  # noqa: Y015
 
 @_typing.final
 class GroupEdit(_message.Message):

@@ -51,6 +51,8 @@ def _state_row(name: str, value: Any) -> StateRow:
 def state_bytes(value: Any) -> int:
     """Return the bytes of all tensors in a tree of state."""
     if isinstance(value, Tensor):
+        if value.layout is not torch.strided:
+            return state_bytes((value._indices(), value._values()))
         return value.numel() * value.element_size()
     if isinstance(value, dict):
         return sum(state_bytes(item) for item in value.values())

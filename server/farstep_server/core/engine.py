@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from farstep_server.core.default_dtype import default_dtype
 from farstep_server.core.gradients import Gradients
 from farstep_server.core.guard import Undo
 from farstep_server.core.options import GroupEdits, apply_edits, difference, frozen_options
@@ -24,7 +25,7 @@ def to_cpu(value: Any) -> Any:
     """Return a copy of a tree of state on the CPU, independent of the original."""
     if isinstance(value, Tensor):
         copy = value.detach().cpu()
-        return copy.clone() if copy.data_ptr() == value.data_ptr() else copy
+        return copy.clone() if value.device.type == "cpu" else copy
     if isinstance(value, dict):
         return {key: to_cpu(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -45,8 +46,10 @@ class Engine:
         options: Sequence[Mapping[str, Any]],
         contents: Tensor,
         device: torch.device,
+        scalar_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.entry = entry
+        self.scalar_dtype = scalar_dtype
         self.store = ParameterStore(layout, device, contents)
         self.optimizer = self._construct(arguments, options)
         self._bare_step = _without_profiling(self.optimizer)
@@ -59,7 +62,8 @@ class Engine:
             for size, group in zip(self.layout.group_sizes, options, strict=True)
         ]
         try:
-            return self.entry.cls(groups, **arguments)
+            with default_dtype(self.scalar_dtype):
+                return self.entry.cls(groups, **arguments)
         except Exception as error:
             raise ArgumentsError(f"{self.entry.cls.__name__} could not be built on the server: {error}") from error
 
@@ -171,11 +175,12 @@ class Engine:
         self.write_parameters(edited)
         self.set_gradients(gradients)
         self.store.before_write()
-        if self.entry.trusted:
-            self._bare_step()
-            return {}
-        before = frozen_options(self.optimizer)
-        self.optimizer.step()
+        with default_dtype(self.scalar_dtype):
+            if self.entry.trusted:
+                self._bare_step()
+                return {}
+            before = frozen_options(self.optimizer)
+            self.optimizer.step()
         return difference(before, self.optimizer.param_groups)
 
 

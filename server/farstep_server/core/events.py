@@ -361,6 +361,7 @@ class Dump:
     state: list[list[Any]]
     members: list[Member]
     started: bool
+    scalar_dtype: str = "float32"
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from farstep_wire.errors import (
     MismatchError,
     RollbackError,
 )
+from farstep_wire.layout import dtype_name
 from farstep_wire.plain import same_value
 from farstep_wire.policy import Async, Policy, Sync
 
@@ -587,7 +588,7 @@ class HostedOptimizer:
             identity.name, identity.optimizer, identity.arguments, self.engine.layout,
             frozen_options(self.engine.optimizer), identity.policy, identity.ephemeral, identity.lineage,
             self.incarnation, self.version, self.engine.store.host().clone(), self.engine.read_state(),
-            self.members.members(), self._started,
+            self.members.members(), self._started, dtype_name(self.engine.scalar_dtype),
         )  # fmt: skip
 
     def resume_from(self, dump: ev.Dump, now: float) -> None:

@@ -35,7 +35,7 @@ from farstep_wire.errors import (
     UnknownOptimizerError,
     WaitError,
 )
-from farstep_wire.layout import Layout
+from farstep_wire.layout import Layout, dtype_from_name
 from farstep_wire.policy import Policy, Sync, worker_order
 
 _LOGGER = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ class Blueprint:
     options: list[dict[str, Any]]
     policy: Policy
     ephemeral: bool
+    scalar_dtype: str = "float32"
 
 
 @dataclass
@@ -239,7 +240,14 @@ class Directory:
         AlreadyExistsError: the name is hosted, or about to be. ResourceExhaustedError: there is no room for it.
         """
         blueprint = Blueprint(
-            dump.name, dump.optimizer, dump.arguments, dump.layout, dump.options, dump.policy, dump.ephemeral
+            dump.name,
+            dump.optimizer,
+            dump.arguments,
+            dump.layout,
+            dump.options,
+            dump.policy,
+            dump.ephemeral,
+            dump.scalar_dtype,
         )
         with self._changed:
             self._check_free(dump.name)
@@ -258,7 +266,8 @@ class Directory:
 
     def _engine(self, blueprint: Blueprint, contents: Tensor) -> Engine:
         entry = self.entry(blueprint.optimizer)
-        return Engine(entry, blueprint.arguments, blueprint.layout, blueprint.options, contents, self.device)
+        dtype = dtype_from_name(blueprint.scalar_dtype)
+        return Engine(entry, blueprint.arguments, blueprint.layout, blueprint.options, contents, self.device, dtype)
 
     def _publish(self, hosted: HostedOptimizer, worker: str) -> Owner:
         name = hosted.identity.name

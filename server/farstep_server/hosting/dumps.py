@@ -4,6 +4,7 @@ The manifest, beside what the store itself keeps (name, version, lineage, incarn
 
     {"dump": 1,
      "optimizer": registered name,  "arguments": ValueMap,  "policy": Policy,  "ephemeral": …,  "started": …,
+     "scalar_dtype": torch's default dtype on the client,
      "layout": Layout: per group its parameters (key, shape, strides, dtype, storage) and its options,
      "state": Value: [[parameter index or other key, entries], …], its tensors by number,
      "members": [{"worker": …, "instance": …, "epoch": …, "settled": …, …}, …]}
@@ -47,7 +48,7 @@ _Message = TypeVar("_Message", bound=Message)
 def encode_dump(dump: Dump) -> tuple[dict[str, Json], dict[str, Tensor]]:
     """Return the manifest and the tensors of a dump. The tensors share its memory.
 
-    StorageError: it holds something that cannot be stored, such as a sparse tensor; the text names it.
+    StorageError: it holds something that cannot be stored, the text names it.
     """
     tensors = dict(zip(_keys(dump.layout), dump.layout.views(dump.contents), strict=True))
     table: list[Tensor] = []
@@ -59,6 +60,7 @@ def encode_dump(dump: Dump) -> tuple[dict[str, Json], dict[str, Tensor]]:
             "policy": _to_json(policy_to_proto(dump.policy)),
             "ephemeral": dump.ephemeral,
             "started": dump.started,
+            "scalar_dtype": dump.scalar_dtype,
             "layout": _to_json(layout_to_proto(dump.layout, dump.options)),
             "state": _to_json(to_value(dump.state, "state", table)),
             "members": [_member_to_json(member, table) for member in dump.members],
@@ -105,6 +107,7 @@ def _decode(snapshot: Snapshot, manifest: Mapping[str, Any]) -> Dump:
         state=[[key, entries] for key, entries in state],
         members=[_member_from_json(fields, table) for fields in manifest["members"]],
         started=bool(manifest["started"]),
+        scalar_dtype=str(manifest.get("scalar_dtype", "float32")),
     )
 
 

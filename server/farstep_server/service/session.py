@@ -305,4 +305,5 @@ def _blueprint(request: Request, attach: pb.Attach) -> Blueprint:
         options,
         policy_from_proto(attach.policy),
         attach.ephemeral,
+        attach.default_dtype or "float32",
     )
