@@ -187,7 +187,8 @@ def defaults() -> dict[str, Any]:
 @pytest.fixture
 def fake(tmp_path, monkeypatch) -> Iterator[Fake]:
     """Serve a fake on a unix socket, and point $FARSTEP_REMOTE at it."""
-    server = grpc.server(ThreadPoolExecutor(8, thread_name_prefix="fake-server"))
+    pool = ThreadPoolExecutor(8, thread_name_prefix="fake-server")
+    server = grpc.server(pool)
     service = Fake(defaults(), address=f"unix:{tmp_path}/fake.sock")
     add_InspectionServiceServicer_to_server(service, server)
     add_CheckpointServiceServicer_to_server(service, server)
@@ -202,3 +203,4 @@ def fake(tmp_path, monkeypatch) -> Iterator[Fake]:
     yield service
     service.released.set()
     server.stop(None).wait()
+    pool.shutdown()

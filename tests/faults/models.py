@@ -63,7 +63,7 @@ def same_bits(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
 
 
 def await_standing(address: str, name: str, standings: Sequence[str]) -> None:
-    """Wait until the workers of a hosted optimizer, in worker order, stand as given: "computing", "waiting", …"""
+    """Wait until the workers of a hosted optimizer, in worker order, stand as given (computing, waiting, left, expired)."""
     deadline = time.monotonic() + 20
     found: list[str] = []
     with inspection.connect(parse_address(address), 20) as server:

@@ -59,13 +59,13 @@ def left_behind(before: Holdings) -> list[str]:
 def _files() -> list[tuple[int, str]]:
     own = _lasting_pipes()
     found = []
-    for name in os.listdir("/proc/self/fd"):
+    for entry in Path("/proc/self/fd").iterdir():
         try:
-            target = os.readlink(f"/proc/self/fd/{name}")
+            target = str(entry.readlink())
         except OSError:
             continue  # the descriptor of this very listing
-        if not target.startswith(_LASTING_FILES) and int(name) not in own:
-            found.append((int(name), target))
+        if not target.startswith(_LASTING_FILES) and int(entry.name) not in own:
+            found.append((int(entry.name), target))
     return found
 
 

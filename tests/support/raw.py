@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import grpc
 import torch
@@ -23,7 +23,7 @@ REPLY_SECONDS = 20.0
 METHOD = "/farstep.v1.OptimizerService/Session"
 
 
-class Ended(Exception):
+class EndedError(Exception):
     """The stream has ended; ``status`` is None where that was in good order."""
 
     def __init__(self, status: grpc.StatusCode | None, details: str) -> None:
@@ -42,13 +42,13 @@ class RawSession:
         ]
         self._channel = grpc.insecure_channel(address, options=options)
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._replies: queue.SimpleQueue[bytes | Ended] = queue.SimpleQueue()
+        self._replies: queue.SimpleQueue[bytes | EndedError] = queue.SimpleQueue()
         self._call: Any = self._channel.stream_stream(METHOD, None, None)(self._messages())
         self._reader = threading.Thread(target=self._read, name="raw-session")
         self._reader.start()
         self.requests = 0
 
-    def __enter__(self) -> RawSession:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -62,9 +62,9 @@ class RawSession:
         try:
             for data in self._call:
                 self._replies.put(data)
-            self._replies.put(Ended(None, "in good order"))
+            self._replies.put(EndedError(None, "in good order"))
         except grpc.RpcError:
-            self._replies.put(Ended(self._call.code(), self._call.details()))
+            self._replies.put(EndedError(self._call.code(), self._call.details()))
 
     # Sending.
 
@@ -93,9 +93,9 @@ class RawSession:
     # Receiving.
 
     def receive_bytes(self) -> bytes:
-        """Return the next gRPC message; Ended where the stream has."""
+        """Return the next gRPC message; EndedError where the stream has."""
         item = self._replies.get(timeout=REPLY_SECONDS)
-        if isinstance(item, Ended):
+        if isinstance(item, EndedError):
             raise item
         return item
 
