@@ -1,14 +1,64 @@
-"""The table of parameters with norms."""
+"""What a hosted optimizer says of itself: its description, its table of parameters with norms, and the dump of all it is."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from farstep_server.core.engine import Engine
-from farstep_server.core.events import ParameterRow, StateRow
+from farstep_server.core.events import Description, Dump, ParameterRow, StateRow
+from farstep_server.core.options import frozen_options
+from farstep_wire.layout import dtype_name
+
+if TYPE_CHECKING:
+    from farstep_server.core.hosted import HostedOptimizer
+
+
+def description(hosted: HostedOptimizer, waiting: set[str], now: float, *, parameters: bool) -> Description:
+    """Describe a hosted optimizer; ``waiting`` are the workers whose part in the round is in."""
+    identity, engine = hosted.identity, hosted.engine
+    return Description(
+        name=identity.name,
+        optimizer=identity.optimizer,
+        version=hosted.version,
+        incarnation=hosted.incarnation,
+        lineage=identity.lineage,
+        policy=identity.policy,
+        ephemeral=identity.ephemeral,
+        device=str(engine.store.device),
+        layout=engine.layout,
+        arguments=identity.arguments,
+        options=frozen_options(engine.optimizer),
+        workers=hosted.members.rows(waiting, now),
+        state_bytes=state_bytes(dict(engine.optimizer.state)),
+        last_step_seconds=hosted.last_step_seconds,
+        stale=hosted.stale,
+        rows=parameter_rows(engine) if parameters else [],
+    )
+
+
+def dump(hosted: HostedOptimizer) -> Dump:
+    """Copy everything that makes a hosted optimizer what it is to the CPU."""
+    identity, engine = hosted.identity, hosted.engine
+    return Dump(
+        name=identity.name,
+        optimizer=identity.optimizer,
+        arguments=identity.arguments,
+        layout=engine.layout,
+        options=frozen_options(engine.optimizer),
+        policy=identity.policy,
+        ephemeral=identity.ephemeral,
+        lineage=identity.lineage,
+        incarnation=hosted.incarnation,
+        version=hosted.version,
+        contents=engine.store.host().clone(),
+        state=engine.read_state(),
+        members=hosted.members.members(),
+        started=hosted.started,
+        scalar_dtype=dtype_name(engine.scalar_dtype),
+    )
 
 
 def norm(tensor: Tensor) -> float:

@@ -12,19 +12,20 @@ The rules, in the order in which an act (a contribution, load_state_dict, add_pa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 from torch import Tensor
 
 from farstep_server.core import describe
 from farstep_server.core import events as ev
+from farstep_server.core.admission import check_options, check_reconnect, check_same
 from farstep_server.core.driven import DrivenStep
 from farstep_server.core.engine import Engine
 from farstep_server.core.gradients import Gradients, materialize, reduce_gradients
+from farstep_server.core.identity import Identity
 from farstep_server.core.membership import Membership, Settled, WorkerRecord
 from farstep_server.core.options import GroupEdits, agreed_edits, frozen_options
-from farstep_server.core.rounds import Round
+from farstep_server.core.rounds import Round, check_alike, weights
 from farstep_wire.errors import (
     Applied,
     ClosureError,
@@ -35,24 +36,9 @@ from farstep_wire.errors import (
     MismatchError,
     RollbackError,
 )
-from farstep_wire.layout import dtype_name
-from farstep_wire.plain import same_value
-from farstep_wire.policy import Async, Policy, Sync
+from farstep_wire.policy import Async, Sync
 
 Replies = list[tuple[ev.Ticket, ev.Reply]]
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a hosted optimizer is, apart from its state."""
-
-    name: str
-    optimizer: str
-    arguments: dict[str, Any]
-    policy: Policy
-    ephemeral: bool
-    lineage: str
-    lease_seconds: float
 
 
 class HostedOptimizer:
@@ -66,7 +52,7 @@ class HostedOptimizer:
         self._clock = clock
         self.members = Membership(identity.lease_seconds)
         self._round = Round()
-        self._started = False
+        self.started = False
         self.decided = 0
         """Acts that were decided, by whatever outcome: what makes two dumps of one version differ."""
         self._driven: DrivenStep | None = None
@@ -74,8 +60,8 @@ class HostedOptimizer:
         self._evaluation_tickets: dict[str, ev.Ticket] = {}
         self._deferred: list[ev.Act | ev.ReadParameters | ev.TakeDump] = []
         self._blocked: list[ev.Contribution] = []
-        self._stale = 0
-        self._last_step_seconds = 0.0
+        self.stale = 0
+        self.last_step_seconds = 0.0
         self._had_workers = False
         self._replies: Replies = []
 
@@ -129,14 +115,14 @@ class HostedOptimizer:
             case ev.ReadState():
                 self._on_read_state(event)
             case ev.ReadDescription():
-                self._reply(event.ticket, self._describe(event.parameters, now))
+                self._reply(event.ticket, describe.description(self, self._waiting(), now, parameters=event.parameters))
             case ev.TakeDump():
                 self._on_take_dump(event)
             case ev.Restore():
                 self._on_restore(event, now)
             case ev.Stop():
                 self._refuse_all(event.error)
-                self._reply(event.ticket, ev.DumpReply(self._dump()) if event.dump else self._done())
+                self._reply(event.ticket, ev.DumpReply(describe.dump(self)) if event.dump else self._done())
             case ev.Tick():
                 pass
 
@@ -165,7 +151,7 @@ class HostedOptimizer:
         if self._driven is not None:
             self._deferred.append(event)
         else:
-            self._reply(event.ticket, ev.DumpReply(self._dump()))
+            self._reply(event.ticket, ev.DumpReply(describe.dump(self)))
 
     def _refuse_in_driven_step(self) -> None:
         if self._driven is not None:
@@ -174,9 +160,9 @@ class HostedOptimizer:
     # Membership.
 
     def _on_join(self, event: ev.Join, now: float) -> None:
-        self._check_same(event)
+        check_same(self.identity, self.engine, event)
         if event.lineage:
-            self._check_reconnect(event)
+            check_reconnect(self.identity, self.members, event)
         previous = self._withdraw(event.worker)
         record, resumed = self.members.join(event.worker, event.instance, now)
         if previous is not None and not resumed:
@@ -185,12 +171,12 @@ class HostedOptimizer:
             self._hold(previous, now)
         if not resumed:
             record.version = self.version
-            record.first_round = self.version + 1 if self._started and len(self._round) else self.version
+            record.first_round = self.version + 1 if self.started and len(self._round) else self.version
             self._leave_driven_step(event.worker)
         self._had_workers = True
         options = frozen_options(self.engine.optimizer) if self.version or event.lineage else []
         if not options and not resumed:
-            self._check_options(event)
+            check_options(self.identity, self.engine, event)
         policy, device = self.identity.policy, str(self.engine.store.device)
         self._reply(
             event.ticket,
@@ -199,43 +185,6 @@ class HostedOptimizer:
                 policy, device, options, len(self.engine.layout.parameters), self.identity.lease_seconds,
             ),
         )  # fmt: skip
-
-    def _check_same(self, event: ev.Join) -> None:
-        name = self.identity.name
-        if event.optimizer != self.identity.optimizer:
-            raise MismatchError(
-                f"{name!r} hosts {self.identity.optimizer}; worker {event.worker} has {event.optimizer}"
-            )
-        problem = self.engine.layout.difference(event.layout)
-        if problem is not None:
-            raise LayoutMismatchError(f"{name!r}, worker {event.worker}: {problem}")
-        if event.policy != self.identity.policy:
-            raise MismatchError(
-                f"{name!r} has the policy {self.identity.policy}; worker {event.worker} asks for {event.policy}"
-            )
-
-    def _check_options(self, event: ev.Join) -> None:
-        mine = frozen_options(self.engine.optimizer)
-        for number, (group, theirs) in enumerate(zip(mine, event.options, strict=True)):
-            for key in sorted(group.keys() | theirs.keys()):
-                if not same_value(group.get(key), theirs.get(key)):
-                    raise MismatchError(
-                        f"{self.identity.name!r}: param_groups[{number}][{key!r}] is {group.get(key)!r} on the server; "
-                        f"worker {event.worker} has {theirs.get(key)!r}. Give each worker the same options"
-                    )
-
-    def _check_reconnect(self, event: ev.Join) -> None:
-        if event.lineage != self.identity.lineage:
-            raise RollbackError(
-                f"{self.identity.name!r} was created anew since worker {event.worker} attached: its lineage was "
-                f"{event.lineage}, now it is {self.identity.lineage}. Build the optimizer again to go on with the new one"
-            )
-        for record in self.members:
-            if record.worker == event.worker and record.instance != event.instance:
-                raise FencedError(
-                    f"worker {event.worker}: another process has attached as the same worker; give each worker its own id",
-                    applied=Applied.NO,
-                )
 
     def _fence(self, ticket: ev.Ticket, worker: str) -> None:
         error = FencedError(f"worker {worker}: another process has attached as the same worker", applied=Applied.NO)
@@ -305,7 +254,7 @@ class HostedOptimizer:
             )
         if act.version < self.version and isinstance(self.identity.policy, Sync):
             record.stale += 1
-            self._stale += 1
+            self.stale += 1
             self._not_used(act, record, ev.Outcome.STALE)
             return False
         return True
@@ -338,7 +287,7 @@ class HostedOptimizer:
             elif self._deferred:
                 self._resume_deferred(now)
             elif isinstance(policy, Sync) and self._round.ready(
-                policy, self.members.live(), self.version, self._started, now
+                policy, self.members.live(), self.version, self.started, now
             ):
                 self._commit(self._round.take())
             elif not self._unblock():
@@ -390,7 +339,7 @@ class HostedOptimizer:
 
     def _commit(self, acts: Sequence[ev.Act]) -> None:
         try:
-            self._check_alike(acts)
+            check_alike(acts)
             match acts[0]:
                 case ev.LoadState() as load:
                     self._load(load, acts)
@@ -401,16 +350,6 @@ class HostedOptimizer:
         except FarstepError as error:
             for act in acts:
                 self._reply(act.ticket, ev.Refusal(error))
-
-    def _check_alike(self, acts: Sequence[ev.Act]) -> None:
-        first = acts[0]
-        for act in acts[1:]:
-            if type(act) is not type(first):
-                raise MismatchError(
-                    f"worker {first.worker} calls {_what(first)} while worker {act.worker} calls {_what(act)}; "
-                    f"all workers must make the same call",
-                    applied=Applied.NO,
-                )
 
     def _commit_contributions(self, acts: list[ev.Contribution]) -> None:
         edits = agreed_edits(self.engine.optimizer, {act.worker: act.edits for act in acts})
@@ -432,14 +371,14 @@ class HostedOptimizer:
             own, changed = materialize(act.staged, self.engine.layout, self.engine.store.device)
             gradients.append(own)
             edited = {**changed, **edited}
-        reduced = reduce_gradients(gradients, _weights(contributors))
+        reduced = reduce_gradients(gradients, weights(contributors))
         changed_options = self.engine.step(reduced, edits, edited)
-        self._last_step_seconds = self._clock() - begun
+        self.last_step_seconds = self._clock() - begun
         self._committed(acts, changed_options, None)
 
     def _committed(self, acts: list[ev.Contribution], changed: GroupEdits, loss: object) -> None:
         self.version += 1
-        self._started = True
+        self.started = True
         self._settle(acts, ev.Outcome.COMMITTED, changed, loss)
 
     def _settle(self, acts: list[ev.Contribution], outcome: ev.Outcome, changed: GroupEdits, loss: object) -> None:
@@ -571,31 +510,14 @@ class HostedOptimizer:
 
     # Whole-state acts.
 
-    def _describe(self, parameters: bool, now: float) -> ev.Description:
-        waiting = {act.worker for act in self._round.acts()} | {act.worker for act in self._blocked}
-        identity = self.identity
-        return ev.Description(
-            identity.name, identity.optimizer, self.version, self.incarnation, identity.lineage, identity.policy,
-            identity.ephemeral, str(self.engine.store.device), self.engine.layout, identity.arguments,
-            frozen_options(self.engine.optimizer), self.members.rows(waiting, now),
-            describe.state_bytes(dict(self.engine.optimizer.state)), self._last_step_seconds, self._stale,
-            describe.parameter_rows(self.engine) if parameters else [],
-        )  # fmt: skip
-
-    def _dump(self) -> ev.Dump:
-        identity = self.identity
-        return ev.Dump(
-            identity.name, identity.optimizer, identity.arguments, self.engine.layout,
-            frozen_options(self.engine.optimizer), identity.policy, identity.ephemeral, identity.lineage,
-            self.incarnation, self.version, self.engine.store.host().clone(), self.engine.read_state(),
-            self.members.members(), self._started, dtype_name(self.engine.scalar_dtype),
-        )  # fmt: skip
+    def _waiting(self) -> set[str]:
+        return {act.worker for act in (*self._round.acts(), *self._blocked)}
 
     def resume_from(self, dump: ev.Dump, now: float) -> None:
         """Take over a dump after a restart: the same lineage and incarnation go on."""
         self._take_over(dump)
         self.incarnation = dump.incarnation
-        self._started = dump.started
+        self.started = dump.started
         self.members.restore(dump.members, now)
         self._had_workers = bool(dump.members)
 
@@ -628,22 +550,6 @@ class HostedOptimizer:
             self._reply(waiting.ticket, ev.Refusal(error))
         self._blocked.clear()
         self._deferred.clear()
-
-
-def _what(act: ev.Act) -> str:
-    return {"Contribution": "step", "LoadState": "load_state_dict", "AddGroup": "add_param_group"}[type(act).__name__]
-
-
-def _weights(acts: Sequence[ev.Contribution]) -> list[float] | None:
-    weights = [act.num_samples for act in acts]
-    if all(weight is None for weight in weights) or len(acts) == 1:
-        return None
-    for act in acts:
-        if act.num_samples is None:
-            raise MismatchError(
-                f"worker {act.worker} gives no num_samples, other workers of the round do", applied=Applied.NO
-            )
-    return [float(weight) for weight in weights if weight is not None]
 
 
 def _with_ticket(act: ev.Contribution, ticket: ev.Ticket) -> ev.Contribution:

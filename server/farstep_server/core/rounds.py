@@ -12,6 +12,7 @@ from datetime import timedelta
 
 from farstep_server.core.events import Act, Contribution
 from farstep_server.core.membership import WorkerRecord
+from farstep_wire.errors import Applied, MismatchError
 from farstep_wire.policy import Sync, worker_order
 
 
@@ -65,3 +66,33 @@ class Round:
         if not self._acts or not isinstance(policy.timeout, timedelta):
             return None
         return self._opened_at + policy.timeout.total_seconds()
+
+
+def check_alike(acts: Sequence[Act]) -> None:
+    """MismatchError: workers of one round make different calls."""
+    first = acts[0]
+    for act in acts[1:]:
+        if type(act) is not type(first):
+            raise MismatchError(
+                f"worker {first.worker} calls {what(first)} while worker {act.worker} calls {what(act)}; "
+                f"all workers must make the same call",
+                applied=Applied.NO,
+            )
+
+
+def what(act: Act) -> str:
+    """Return the name of the call that an act stands for."""
+    return {"Contribution": "step", "LoadState": "load_state_dict", "AddGroup": "add_param_group"}[type(act).__name__]
+
+
+def weights(acts: Sequence[Contribution]) -> list[float] | None:
+    """Return the weights of a round's mean, None where all count alike; MismatchError where some give none."""
+    given = [act.num_samples for act in acts]
+    if all(weight is None for weight in given) or len(acts) == 1:
+        return None
+    for act in acts:
+        if act.num_samples is None:
+            raise MismatchError(
+                f"worker {act.worker} gives no num_samples, other workers of the round do", applied=Applied.NO
+            )
+    return [float(weight) for weight in given if weight is not None]

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from farstep_server.core import events as ev
 from farstep_server.core.engine import Engine
-from farstep_server.core.hosted import HostedOptimizer, Identity
+from farstep_server.core.hosted import HostedOptimizer
+from farstep_server.core.identity import Identity
 from farstep_server.core.registry import OptimizerEntry, Registry
 from farstep_server.hosting.owner import Owner
 from farstep_server.logs import log_event

@@ -1,0 +1,50 @@
+"""Who may join a hosted optimizer: whoever has the same class, layout, policy and options."""
+
+from __future__ import annotations
+
+from farstep_server.core.engine import Engine
+from farstep_server.core.events import Join
+from farstep_server.core.identity import Identity
+from farstep_server.core.membership import Membership
+from farstep_server.core.options import frozen_options
+from farstep_wire.errors import Applied, FencedError, LayoutMismatchError, MismatchError, RollbackError
+from farstep_wire.plain import same_value
+
+
+def check_same(identity: Identity, engine: Engine, event: Join) -> None:
+    """MismatchError or LayoutMismatchError names what differs, and both sides."""
+    name = identity.name
+    if event.optimizer != identity.optimizer:
+        raise MismatchError(f"{name!r} hosts {identity.optimizer}; worker {event.worker} has {event.optimizer}")
+    problem = engine.layout.difference(event.layout)
+    if problem is not None:
+        raise LayoutMismatchError(f"{name!r}, worker {event.worker}: {problem}")
+    if event.policy != identity.policy:
+        raise MismatchError(f"{name!r} has the policy {identity.policy}; worker {event.worker} asks for {event.policy}")
+
+
+def check_options(identity: Identity, engine: Engine, event: Join) -> None:
+    """MismatchError names the option in which a worker differs from the others, and both values."""
+    mine = frozen_options(engine.optimizer)
+    for number, (group, theirs) in enumerate(zip(mine, event.options, strict=True)):
+        for key in sorted(group.keys() | theirs.keys()):
+            if not same_value(group.get(key), theirs.get(key)):
+                raise MismatchError(
+                    f"{identity.name!r}: param_groups[{number}][{key!r}] is {group.get(key)!r} on the server; "
+                    f"worker {event.worker} has {theirs.get(key)!r}. Give each worker the same options"
+                )
+
+
+def check_reconnect(identity: Identity, members: Membership, event: Join) -> None:
+    """RollbackError: the name stands for another optimizer now. FencedError: another process is this worker now."""
+    if event.lineage != identity.lineage:
+        raise RollbackError(
+            f"{identity.name!r} was created anew since worker {event.worker} attached: its lineage was "
+            f"{event.lineage}, now it is {identity.lineage}. Build the optimizer again to go on with the new one"
+        )
+    for record in members:
+        if record.worker == event.worker and record.instance != event.instance:
+            raise FencedError(
+                f"worker {event.worker}: another process has attached as the same worker; give each worker its own id",
+                applied=Applied.NO,
+            )
