@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from uuid import uuid4
@@ -14,6 +15,7 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from farstep_wire.errors import ConfigurationError
 
 _PROCESS_RUN = uuid4().hex[:12]
+_POLL_SECONDS = 0.02
 _optimizers = itertools.count()
 
 
@@ -63,11 +65,16 @@ def agree(key: str, launch: Launch, value: str | None, timeout: timedelta) -> st
         assert value is not None, "rank 0 gives the value"
         store.set(full_key, value)
         return value
+    # Not store.wait: it waits in C++, where a Ctrl-C would reach it only after the timeout.
+    deadline = time.monotonic() + timeout.total_seconds()
     try:
-        store.wait([full_key], timeout)
+        while not store.check([full_key]):
+            if time.monotonic() >= deadline:
+                raise ConfigurationError(f"rank 0 published no {key} within {timeout}")
+            time.sleep(_POLL_SECONDS)
         return bytes(store.get(full_key)).decode()
     except RuntimeError as error:
-        raise ConfigurationError(f"rank 0 published no {key} within {timeout}: {error}") from error
+        raise ConfigurationError(f"the store in which rank 0 publishes its {key} failed: {error}") from error
 
 
 def run_name(timeout: timedelta) -> str:
