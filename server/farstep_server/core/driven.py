@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from farstep_server.core.closures import ClosureRun, Progress, Raised, Returned, Wanted
 from farstep_server.core.engine import Engine
-from farstep_server.core.events import Contribution, Evaluation
+from farstep_server.core.events import Act, Contribution, EvaluateReply, Evaluation, Refusal, Replies, Ticket
 from farstep_server.core.gradients import Gradients, materialize, reduce_gradients, reduce_losses
 from farstep_server.core.options import GroupEdits, apply_edits, difference, frozen_options
-from farstep_wire.errors import Applied, ClosureError, InvalidRequestError, StepFailedError
+from farstep_wire.errors import Applied, ClosureError, FarstepError, InvalidRequestError, StepFailedError
 from farstep_wire.policy import worker_order
 
 
@@ -19,29 +20,66 @@ class DrivenStep:
     ``finished`` is set once the step has returned; until then every evaluation is answered by every participant.
     """
 
-    def __init__(self, engine: Engine, contributions: Sequence[Contribution], edits: GroupEdits) -> None:
+    def __init__(self, engine: Engine, acts: Sequence[Contribution], edits: GroupEdits) -> None:
         self._engine = engine
-        self.contributions = {contribution.worker: contribution for contribution in contributions}
+        self._acts = list(acts)
+        self.contributions = {act.worker: act for act in acts if not act.abstain}
+        self._tickets: dict[str, Ticket] = {act.worker: act.ticket for act in acts}
         self._results: dict[str, Evaluation] = {}
         self._undo = engine.undo()
         self._run = ClosureRun(engine.optimizer)
-        self.wanted = 0
+        self._wanted = 0
         self.finished: Returned | None = None
         self.changed: GroupEdits = {}
         apply_edits(engine.optimizer, edits)
         self._options = frozen_options(engine.optimizer)
 
     def start(self) -> None:
-        """Run to the first evaluation."""
+        """Take over what users changed, the first worker's word first, and run to the first evaluation."""
+        for act in reversed(self.contributions.values()):
+            if act.staged is not None:
+                edited = materialize(act.staged, self._engine.layout, self._engine.store.device)[1]
+                self._engine.write_parameters(edited)
         self._engine.store.before_write()
         self._take(self._run.start())
 
+    # What the participants are told.
+
+    def enquiries(self) -> Replies:
+        """Ask every participant for the evaluation that is out."""
+        return [(self._tickets[worker], self._enquiry()) for worker in self.contributions]
+
+    def _enquiry(self) -> EvaluateReply:
+        return EvaluateReply(self._wanted, self._engine.store.reader())
+
+    def asked_again(self, act: Act) -> Replies | None:
+        """Answer a participant that comes back in the middle of the step; None where the act belongs to no participant."""
+        own = self.contributions.get(act.worker)
+        if own is None or own.sequence != act.sequence:
+            return None
+        self._tickets[act.worker] = act.ticket
+        return [] if act.worker in self._results else [(act.ticket, self._enquiry())]
+
+    def refusals(self, error: FarstepError) -> Replies:
+        """Refuse the step to all that are still in it."""
+        return [(ticket, Refusal(error)) for ticket in self._tickets.values()]
+
+    def settled(self) -> list[Contribution]:
+        """Return the acts that the finished step settles, with the tickets that wait for it now."""
+        return [replace(act, ticket=self._tickets[act.worker]) for act in self._acts if act.worker in self._tickets]
+
+    # What they answer.
+
     def put(self, evaluation: Evaluation) -> None:
-        """Take a worker's result; one for an evaluation that is over is a request out of turn."""
-        if evaluation.number != self.wanted:
+        """Take a participant's result.
+
+        InvalidRequestError: it is for an evaluation that is over. ClosureError: the closure raised there.
+        """
+        if evaluation.number != self._wanted:
             raise InvalidRequestError(
-                f"evaluation {evaluation.number} where {self.wanted} is awaited", applied=Applied.NO
+                f"evaluation {evaluation.number} where {self._wanted} is awaited", applied=Applied.NO
             )
+        self._tickets[evaluation.worker] = evaluation.ticket
         if evaluation.error:
             raise ClosureError(
                 f"the closure raised on worker {evaluation.worker}: {evaluation.error}. The step was rolled back",
@@ -54,14 +92,11 @@ class DrivenStep:
         """Whether every participant has answered."""
         return len(self._results) == len(self.contributions)
 
-    def has_answered(self, worker: str) -> bool:
-        """Whether a participant has answered the evaluation that is out."""
-        return worker in self._results
-
     def drop(self, worker: str) -> None:
         """Go on without a participant."""
         self.contributions.pop(worker, None)
         self._results.pop(worker, None)
+        self._tickets.pop(worker, None)
 
     def advance(self) -> None:
         """Reduce the results and run on to the next evaluation or the end."""
@@ -83,13 +118,18 @@ class DrivenStep:
     def _take(self, progress: Progress) -> None:
         match progress:
             case Wanted(number):
-                self.wanted = number
+                self._wanted = number
             case Raised(error):
                 self._undo.restore()
                 raise StepFailedError(str(error), applied=Applied.NO) from error
             case Returned():
                 self.finished = progress
                 self.changed = difference(self._options, self._engine.optimizer.param_groups)
+
+    def takes(self, evaluation: Evaluation) -> bool:
+        """Whether an evaluation belongs to this step."""
+        own = self.contributions.get(evaluation.worker)
+        return own is not None and own.sequence == evaluation.sequence
 
     def roll_back(self) -> None:
         """Unwind the step and undo all it did."""

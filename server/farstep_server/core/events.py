@@ -374,3 +374,6 @@ class DumpReply:
 Reply = (
     JoinReply | StepReply | EvaluateReply | ParametersReply | StateReply | DoneReply | Refusal | Description | DumpReply
 )
+
+Replies = list[tuple[Ticket, Reply]]
+"""Whom to answer, and what."""

@@ -12,7 +12,6 @@ The rules, in the order in which an act (a contribution, load_state_dict, add_pa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -38,8 +37,6 @@ from farstep_wire.errors import (
 )
 from farstep_wire.policy import Async, Sync
 
-Replies = list[tuple[ev.Ticket, ev.Reply]]
-
 
 class HostedOptimizer:
     """The state machine. ``clock`` only measures how long a step takes."""
@@ -56,18 +53,16 @@ class HostedOptimizer:
         self.decided = 0
         """Acts that were decided, by whatever outcome: what makes two dumps of one version differ."""
         self._driven: DrivenStep | None = None
-        self._driven_acts: list[ev.Contribution] = []
-        self._evaluation_tickets: dict[str, ev.Ticket] = {}
         self._deferred: list[ev.Act | ev.ReadParameters | ev.TakeDump] = []
         self._blocked: list[ev.Contribution] = []
         self.stale = 0
         self.last_step_seconds = 0.0
         self._had_workers = False
-        self._replies: Replies = []
+        self._replies: ev.Replies = []
 
     # Events in, replies out.
 
-    def handle(self, event: ev.Event, now: float) -> Replies:
+    def handle(self, event: ev.Event, now: float) -> ev.Replies:
         """Take one event at a time; return the replies that it caused, its own among them if it is ready."""
         self._replies = []
         ticket = getattr(event, "ticket", None)
@@ -213,7 +208,6 @@ class HostedOptimizer:
         if self._driven is None or worker not in self._driven.contributions:
             return
         self._driven.drop(worker)
-        self._evaluation_tickets.pop(worker, None)
         if not self._driven.contributions:
             self._abort_driven(ClosureError(f"worker {worker} left in an evaluation", applied=Applied.NO))
 
@@ -224,7 +218,7 @@ class HostedOptimizer:
         if act.sequence <= record.settled_sequence:
             self._reply(act.ticket, self._recorded(record, act))
         elif self._driven is not None:
-            self._on_act_during_driven(act)
+            self._on_act_during_driven(self._driven, act)
         elif self._is_current(act, record):
             self._hold(act, now)
 
@@ -283,7 +277,7 @@ class HostedOptimizer:
             if self._driven is not None:
                 if not self._driven.complete:
                     return
-                self._advance_driven()
+                self._advance_driven(self._driven)
             elif self._deferred:
                 self._resume_deferred(now)
             elif isinstance(policy, Sync) and self._round.ready(
@@ -432,81 +426,51 @@ class HostedOptimizer:
                 f"{self.identity.optimizer} and the contributions disagree on whether the closure drives the step",
                 applied=Applied.NO,
             )
-        driven = DrivenStep(self.engine, contributors, edits)
-        for act in reversed(contributors):
-            if act.staged is not None:
-                self.engine.write_parameters(materialize(act.staged, self.engine.layout, self.engine.store.device)[1])
+        driven = DrivenStep(self.engine, acts, edits)
         driven.start()
         self._driven = driven
-        self._driven_acts = acts
-        self._evaluation_tickets = {act.worker: act.ticket for act in contributors}
-        self._after_driven()
+        self._after_driven(driven)
 
-    def _on_act_during_driven(self, act: ev.Act) -> None:
-        driven = self._driven
-        assert driven is not None, "called during a driven step"
-        own = driven.contributions.get(act.worker)
-        if own is None or own.sequence != act.sequence:
+    def _on_act_during_driven(self, driven: DrivenStep, act: ev.Act) -> None:
+        answers = driven.asked_again(act)
+        if answers is None:
             self._deferred.append(act)
-            return
-        # A reconnect in the middle of the step: the evaluation that is out is asked for again.
-        self._evaluation_tickets[act.worker] = act.ticket
-        if not driven.has_answered(act.worker):
-            self._reply(act.ticket, ev.EvaluateReply(driven.wanted, self.engine.store.reader()))
+        else:
+            self._replies += answers
 
     def _on_evaluation(self, event: ev.Evaluation, now: float) -> None:
         self.members.check(event.worker, event.epoch, now)
         driven = self._driven
-        own = driven.contributions.get(event.worker) if driven is not None else None
-        if driven is None or own is None or own.sequence != event.sequence:
+        if driven is None or not driven.takes(event):
             raise ClosureError(
                 "the step that this evaluation belongs to has ended; it was rolled back", applied=Applied.NO
             )
-        self._evaluation_tickets[event.worker] = event.ticket
         try:
             driven.put(event)
         except ClosureError as error:
             self._abort_driven(error)
 
-    def _advance_driven(self) -> None:
-        driven = self._driven
-        assert driven is not None, "called during a driven step"
+    def _advance_driven(self, driven: DrivenStep) -> None:
         try:
             driven.advance()
         except FarstepError as error:
-            self._end_driven(error)
-            return
-        self._after_driven()
+            self._driven = None
+            self._replies += driven.refusals(error)
+        else:
+            self._after_driven(driven)
 
-    def _after_driven(self) -> None:
-        driven = self._driven
-        assert driven is not None, "called during a driven step"
+    def _after_driven(self, driven: DrivenStep) -> None:
         if driven.finished is None:
-            for worker in driven.contributions:
-                reader = self.engine.store.reader()
-                self._reply(self._evaluation_tickets[worker], ev.EvaluateReply(driven.wanted, reader))
+            self._replies += driven.enquiries()
             return
-        acts = [
-            act if act.abstain else _with_ticket(act, self._evaluation_tickets[act.worker])
-            for act in self._driven_acts
-            if act.abstain or act.worker in driven.contributions
-        ]
         self._driven = None
-        self._committed(acts, driven.changed, driven.finished.value)
+        self._committed(driven.settled(), driven.changed, driven.finished.value)
 
     def _abort_driven(self, error: FarstepError) -> None:
-        if self._driven is not None:
-            self._driven.roll_back()
-            self._end_driven(error)
-
-    def _end_driven(self, error: FarstepError) -> None:
-        assert self._driven is not None, "called during a driven step"
-        for worker in self._driven.contributions:
-            self._reply(self._evaluation_tickets[worker], ev.Refusal(error))
-        for act in self._driven_acts:
-            if act.abstain:
-                self._reply(act.ticket, ev.Refusal(error))
-        self._driven = None
+        driven, self._driven = self._driven, None
+        if driven is not None:
+            driven.roll_back()
+            self._replies += driven.refusals(error)
 
     # Whole-state acts.
 
@@ -550,7 +514,3 @@ class HostedOptimizer:
             self._reply(waiting.ticket, ev.Refusal(error))
         self._blocked.clear()
         self._deferred.clear()
-
-
-def _with_ticket(act: ev.Contribution, ticket: ev.Ticket) -> ev.Contribution:
-    return replace(act, ticket=ticket)
