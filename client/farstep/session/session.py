@@ -11,19 +11,18 @@ import torch
 from torch import Tensor
 
 from farstep.config import Remote
-from farstep.embedded import embedded_address
-from farstep.launch import current_launch, run_name
 from farstep.session.binding import Binding, layout_of
+from farstep.session.evaluations import Closure, Evaluations
 from farstep.session.link import Link, internal
 from farstep.session.options import OptionTracker, sendable
+from farstep.session.placement import locate, policy_of, worker_of
 from farstep.session.snapshot import FetchedState, state_digest
-from farstep_wire.address import Address, parse_address
 from farstep_wire.bundle import BundleBody, empty_buffer, read_bundle
 from farstep_wire.convert import edits_from_proto, edits_to_proto, forms_to_proto, layout_to_proto, policy_to_proto
 from farstep_wire.errors import ConfigurationError, FarstepError
 from farstep_wire.frames import EMPTY, Body, BufferSink, BytesSource, NullSink, Sink
 from farstep_wire.layout import GradientForm, Layout, dtype_name
-from farstep_wire.policy import Policy, Sync
+from farstep_wire.policy import Sync
 from farstep_wire.v1 import optimizer_pb2 as pb
 from farstep_wire.values import from_map, from_value, memory, to_map, to_value
 
@@ -35,7 +34,6 @@ _ON_EXISTING = {
 }
 
 Groups = list[dict[str, Any]]
-Closure = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -64,9 +62,9 @@ class Session:
     def __init__(self, remote: Remote, subject: Subject) -> None:
         self.remote = remote
         self.subject = subject
-        self.policy = _policy(remote)
-        self.worker = _worker(remote)
-        self.address, self.name, self.ephemeral = _locate(remote)
+        self.policy = policy_of(remote)
+        self.worker = worker_of(remote)
+        self.address, self.name, self.ephemeral = locate(remote)
         self._options = OptionTracker(subject.required)
         self._link: Link | None = None
         self._binding: Binding | None = None
@@ -172,7 +170,7 @@ class Session:
         message.edits.extend(edits_to_proto(edits))
         message.edited_parameters.extend(edited)
         body = self.binding.edited_contents(edited)
-        evaluations = _Evaluations(closure)
+        evaluations = Evaluations(closure)
 
         def handle(link: Link, deadline: float) -> pb.Stepped:
             while True:
@@ -271,7 +269,7 @@ class Session:
         if changed:
             self._options.acknowledge(self._groups)
 
-    def _evaluate(self, evaluations: _Evaluations, number: int, sequence: int) -> tuple[pb.ClientFrame, BytesSource]:
+    def _evaluate(self, evaluations: Evaluations, number: int, sequence: int) -> tuple[pb.ClientFrame, BytesSource]:
         message = pb.Evaluation(epoch=self.link.standing.epoch, sequence=sequence, number=number)
         if not evaluations.run(number):
             message.error = repr(evaluations.error)
@@ -413,38 +411,6 @@ class Session:
         self.policy, self.worker, self.ephemeral = state["policy"], state["worker"], state["ephemeral"]
 
 
-class _Evaluations:
-    """Runs the closure once per evaluation, however often the server asks for it."""
-
-    def __init__(self, closure: Closure) -> None:
-        self._closure = closure
-        self._first: object = None
-        self._number = -1
-        self.loss: Any = None
-        self.error: Exception | None = None
-
-    def run(self, number: int) -> bool:
-        """Make ``loss`` and the gradients those of that evaluation; return whether the closure went through."""
-        if number != self._number:
-            try:
-                with torch.enable_grad():
-                    self.loss = self._closure()
-            except Exception as error:  # noqa: BLE001 - whatever a user's closure raises is told to the server
-                self.error = error
-                return False
-            if self._number < 0:
-                self._first = self.loss
-            self._number = number
-        return self.error is None
-
-    def same_as_first(self, loss: object) -> object:
-        """Return the first evaluation's own result where the optimizer returned it, as torch's do; else what came."""
-        first = self._first
-        if isinstance(first, Tensor) and isinstance(loss, Tensor):
-            return first if first.detach().cpu().equal(loss) else loss
-        return loss
-
-
 def _refuse_shared(new: Sequence[Tensor], known: Sequence[Tensor]) -> None:
     storages = {tensor.untyped_storage().data_ptr() for tensor in known if tensor.numel()}
     for tensor in new:
@@ -454,23 +420,3 @@ def _refuse_shared(new: Sequence[Tensor], known: Sequence[Tensor]) -> None:
                 raise ConfigurationError(
                     "add_param_group: a parameter shares memory with one of an earlier group; give both to the constructor"
                 )
-
-
-def _policy(remote: Remote) -> Policy:
-    return remote.policy if remote.policy is not None else Sync(workers=current_launch().world_size)
-
-
-def _worker(remote: Remote) -> str:
-    return str(current_launch().rank) if remote.worker is None else str(remote.worker)
-
-
-def _locate(remote: Remote) -> tuple[Address, str, bool]:
-    """Return the server's address, the hosted optimizer's name, and whether that was made up."""
-    connect = remote.timeouts.connect
-    address = remote.parsed()
-    if address is None:
-        address = parse_address(embedded_address(connect))  # type: ignore[arg-type]
-    name = address.name or remote.name
-    if name:
-        return replace(address, name=None), name, False
-    return replace(address, name=None), run_name(connect), True  # type: ignore[arg-type]
