@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -197,7 +198,19 @@ def serve(config: ServerConfig) -> int:
         with os.fdopen(config.ready_fd, "w") as ready:
             ready.write(json.dumps({"address": addresses[0]}) + "\n")
     stop.wait()
-    return 0 if app.drain(wait_for_workers=config.exit_with_parent) else EXIT_SYSTEM
+    drained = app.drain(wait_for_workers=config.exit_with_parent)
+    if config.exit_with_parent:
+        _remove_own_directories(config.listen)
+    return 0 if drained else EXIT_SYSTEM
+
+
+def _remove_own_directories(addresses: tuple[str, ...]) -> None:
+    # An embedded server's owner made a directory for the socket, and may have died without removing it.
+    for address in addresses:
+        directory = Path(address.removeprefix("unix:")).parent
+        if address.startswith("unix:") and directory.name.startswith("farstep-"):
+            with suppress(OSError):
+                directory.rmdir()
 
 
 def _watch_stdin(stop: Callable[[], None]) -> None:
