@@ -24,6 +24,8 @@ Frame = TypeVar("Frame", opb.ClientFrame, opb.ServerFrame)
 
 _PAYLOAD_FIELD = 16
 _PAYLOAD_TAG = b"\x82\x01"
+_COPIED_BYTES = 32 * 1024
+"""Up to this size copying a payload costs less than finding it."""
 _ZEROS = memoryview(bytes(CHUNK_BYTES))
 
 
@@ -102,6 +104,9 @@ def encode(frame: opb.ClientFrame | opb.ServerFrame, body: BytesSource = EMPTY) 
 def decode(kind: type[Frame], data: bytes) -> tuple[Frame, memoryview]:
     """Return a frame and a view of its payload; InvalidRequestError where the bytes are no such frame."""
     try:
+        if len(data) <= _COPIED_BYTES:
+            frame = kind.FromString(data)
+            return frame, memoryview(frame.payload)
         header, payload = split(data)
         if header is None:
             frame = kind.FromString(data)

@@ -88,10 +88,9 @@ def _overlapping(spans: list[tuple[int, int, int]]) -> list[list[tuple[int, int,
 class _Place:
     """Where one parameter is read and written: its own memory, or a staging tensor."""
 
-    __slots__ = ("direct", "memory", "pointer", "staging")
+    __slots__ = ("direct", "memory", "staging")
 
     def __init__(self, tensor: Tensor, spec: TensorSpec) -> None:
-        self.pointer = tensor.data_ptr()
         self.direct = tensor.device.type == "cpu" and tensor.stride() == spec.strides and spec.is_dense
         self.staging = None if self.direct else _staging(spec)
         own = tensor if self.staging is None else self.staging
@@ -109,7 +108,10 @@ class Binding:
         self.layout = layout
         self.tensors = list(tensors)
         self._edits = EditDetector(self.tensors, compare_bits=detect_edits)
-        self._places: list[_Place | None] = [None] * len(self.tensors)
+        self._places: list[_Place] = []
+        self._pointers: list[int] = []
+        self._staged: list[tuple[Tensor, Tensor]] = []
+        self._sink: ScatterSink | None = None
         self._gradient_memory: list[tuple[int, memoryview] | None] = [None] * len(self.tensors)
         self._order = [
             (index, spec.nbytes, _PADDING[: align(spec.nbytes) - spec.nbytes] if spec.nbytes % 64 else None)
@@ -128,13 +130,22 @@ class Binding:
                     f"{TensorSpec.of(tensor)} now: convert the model first, then build the optimizer"
                 )
 
-    def _place(self, index: int) -> _Place:
-        place = self._places[index]
-        tensor = self.tensors[index]
-        if place is None or place.pointer != tensor.data_ptr():
-            self.check()
-            place = self._places[index] = _Place(tensor, self.layout.specs[index])
-        return place
+    def _look(self) -> None:
+        """Find out where the parameters lie, if that has changed since the last look."""
+        pointers = [tensor.data_ptr() for tensor in self.tensors]
+        if pointers == self._pointers and self._places:
+            return
+        self.check()
+        self._places = [_Place(tensor, spec) for tensor, spec in zip(self.tensors, self.layout.specs, strict=True)]
+        self._pointers = pointers
+        self._staged = [
+            (tensor, place.staging)
+            for tensor, place in zip(self.tensors, self._places, strict=True)
+            if place.staging is not None
+        ]
+        offsets = self.layout.arena.offsets
+        self._sink = ScatterSink((offset, place.memory) for offset, place in zip(offsets, self._places, strict=True))
+        self._edits.look_at([place.memory if place.direct else None for place in self._places])
 
     # Out.
 
@@ -147,6 +158,7 @@ class Binding:
 
     def remember(self, but: Sequence[int] = ()) -> None:
         """The server has the parameters as they stand, all but some that were changed on this side."""
+        self._look()
         self._edits.remember(but)
 
     def edited_contents(self, edited: Sequence[int]) -> Body:
@@ -156,6 +168,7 @@ class Binding:
 
     def edited(self) -> list[int]:
         """Return the parameters that were changed on this side since they were last received."""
+        self._look()
         return self._edits.changed()
 
     def gradients(self, edited: Sequence[int] = ()) -> tuple[dict[int, GradientForm], Body]:
@@ -244,16 +257,16 @@ class Binding:
 
     def sink(self) -> ScatterSink:
         """Return where the bytes of a parameter arena go. ``received`` must follow once all of them have come."""
-        offsets = self.layout.arena.offsets
-        return ScatterSink((offset, self._place(index).memory) for index, offset in enumerate(offsets))
+        self._look()
+        assert self._sink is not None, "made by the look"
+        return self._sink
 
     def received(self) -> None:
         """Finish what the sink began: move staged parameters to theirs, and let autograd know of the change."""
-        with torch.no_grad():
-            for index, tensor in enumerate(self.tensors):
-                place = self._place(index)
-                if place.staging is not None:
-                    tensor.copy_(place.staging)
+        if self._staged:
+            with torch.no_grad():
+                for tensor, staging in self._staged:
+                    tensor.copy_(staging)
         torch.autograd.graph.increment_version(self.tensors)
         self._edits.remember()
 

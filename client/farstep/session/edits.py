@@ -1,19 +1,19 @@
 """Which parameters the user changed on this side since the server's last word.
 
 torch records changes made through the tensor itself in its version counter, but not those made through ``p.data``, which
-weight clipping and averaging commonly use. So the bits are compared too: small parameters with a copy of them, large ones
-with a sum over their words, which reads them once and keeps nothing.
+weight clipping and averaging commonly use. So the bits are compared too: small parameters with one copy of them all, large
+ones with a sum over their words, which reads them once and keeps nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from farstep_wire.layout import TensorSpec
-from farstep_wire.values import memory
 
 _COPIED_BYTES = 64 * 1024
 
@@ -24,63 +24,89 @@ class EditDetector:
     def __init__(self, tensors: Sequence[Tensor], *, compare_bits: bool) -> None:
         self._tensors = list(tensors)
         self._compare_bits = compare_bits
-        self._versions: list[int] = []
-        self._pointers: list[int] = []
-        self._marks: list[bytes | int] = []
+        self._small: list[int] = []
+        self._memories: list[memoryview] = []
+        self._large: list[int] = []
+        self._remembered = False
+        self._versions: list[tuple[int, int]] = []
+        self._copies: list[bytes] = []
+        self._joined = b""
+        self._sums: list[int] = []
+        self._edited: set[int] = set()
+
+    def look_at(self, memories: Sequence[memoryview | None]) -> None:
+        """Take the places of the parameters in CPU memory, None where one has none of its own or not in its layout."""
+        changed = self._remembered and self._compare_bits
+        if changed:
+            # Compare with what was remembered of the old places before they are forgotten.
+            copies = dict(zip(self._small, self._copies, strict=True))
+            sums = dict(zip(self._large, self._sums, strict=True))
+        small = [index for index, memory in enumerate(memories) if memory is not None and len(memory) <= _COPIED_BYTES]
+        chosen = set(small)
+        self._small, self._large = small, [index for index in range(len(memories)) if index not in chosen]
+        self._memories = [memory for memory in (memories[index] for index in small) if memory is not None]
+        if changed:
+            self._edited.update(index for index in self._small if index not in copies)
+            self._edited.update(index for index in self._large if index not in sums)
+            self._copies = [copies.get(index, b"") for index in self._small]
+            self._joined = b"".join(self._copies)
+            self._sums = [sums.get(index, 0) for index in self._large]
 
     def remember(self, but: Sequence[int] = ()) -> None:
         """Take the parameters as they are for unchanged, all but some."""
-        self._versions = [tensor._version for tensor in self._tensors]
-        self._pointers = [tensor.data_ptr() for tensor in self._tensors]
-        if self._compare_bits:
-            self._marks = _marks(self._tensors)
-        for index in but:
-            self._pointers[index] = -1
-            if self._compare_bits:
-                self._marks[index] = b"changed"
+        self._remembered = True
+        self._edited = set(but)
+        if not self._compare_bits:
+            self._versions = self._marks_of_torch()
+            return
+        self._joined = b"".join(self._memories)
+        self._copies = []
+        if self._large:
+            self._sums = sums_of_words([self._tensors[index] for index in self._large])
+        ends = accumulate(len(memory) for memory in self._memories)
+        self._copies = [self._joined[end - len(memory) : end] for memory, end in zip(self._memories, ends, strict=True)]
 
     def changed(self) -> list[int]:
         """Return the indices of parameters that are not as remembered; none before the first ``remember``."""
-        if not self._versions:
+        if not self._remembered:
             return []
-        if self._compare_bits:
-            marks = _marks(self._tensors)
-            return [index for index, (old, new) in enumerate(zip(self._marks, marks, strict=True)) if old != new]
-        return [
-            index
-            for index, tensor in enumerate(self._tensors)
-            if tensor._version != self._versions[index] or tensor.data_ptr() != self._pointers[index]
-        ]
+        found = set(self._edited)
+        if not self._compare_bits:
+            marks = zip(self._versions, self._marks_of_torch(), strict=True)
+            return sorted(found | {index for index, (old, new) in enumerate(marks) if old != new})
+        if b"".join(self._memories) != self._joined:
+            pairs = zip(self._small, self._memories, self._copies, strict=True)
+            found.update(index for index, memory, copy in pairs if memory.tobytes() != copy)
+        if self._large:
+            sums = sums_of_words([self._tensors[index] for index in self._large])
+            found.update(index for index, old, new in zip(self._large, self._sums, sums, strict=True) if old != new)
+        return sorted(found)
+
+    def _marks_of_torch(self) -> list[tuple[int, int]]:
+        return [(tensor._version, tensor.data_ptr()) for tensor in self._tensors]
 
 
-def _marks(tensors: Sequence[Tensor]) -> list[bytes | int]:
-    marks: list[bytes | int] = []
-    sums: dict[torch.device, list[tuple[int, Tensor]]] = {}
+def sums_of_words(tensors: Sequence[Tensor]) -> list[int]:
+    """Return, for each tensor, the sum of its bytes taken as the widest integers that fit, modulo 2**64."""
+    result = [0] * len(tensors)
+    by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
     for index, tensor in enumerate(tensors):
-        dense = tensor.is_contiguous() or TensorSpec.of(tensor).is_dense
-        if tensor.is_cpu and dense and tensor.nbytes <= _COPIED_BYTES:
-            marks.append(memory(tensor, tensor.nbytes).tobytes())
-            continue
-        plain = tensor.detach()
-        marks.append(0)
-        sums.setdefault(plain.device, []).append((index, _sum_of_words(plain, dense=dense)))
-    for entries in sums.values():
+        by_device.setdefault(tensor.device, []).append((index, _sum_of_words(tensor.detach())))
+    for entries in by_device.values():
         # One transfer per device, not one per parameter.
         values = torch.stack([value for _, value in entries]).tolist()
         for (index, _), value in zip(entries, values, strict=True):
-            marks[index] = value
-    return marks
+            result[index] = value
+    return result
 
 
-def _sum_of_words(tensor: Tensor, *, dense: bool) -> Tensor:
+def _sum_of_words(tensor: Tensor) -> Tensor:
+    dense = TensorSpec.of(tensor).is_dense
     flat = tensor.as_strided((tensor.numel(),), (1,)) if dense else tensor.contiguous().view(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).view(-1)
-    for words in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        if flat.nbytes % words.itemsize == 0 and flat.data_ptr() % words.itemsize == 0 and _fits(flat, words):
+    for words in (torch.int64, torch.int32, torch.int16):
+        start = int(flat.storage_offset()) * flat.element_size()
+        if (flat.nbytes | flat.data_ptr() | start) % words.itemsize == 0:
             return flat.view(words).sum(dtype=torch.int64)
     return flat.view(torch.uint8).sum(dtype=torch.int64)
-
-
-def _fits(flat: Tensor, words: torch.dtype) -> bool:
-    return flat.storage_offset() * flat.element_size() % words.itemsize == 0

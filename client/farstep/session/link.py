@@ -89,7 +89,11 @@ class Link:
                 reply = self._exchange(pb.ClientFrame(upload=pb.Upload()), contents(), deadline).attached
             return reply
 
-        attached = self._until(attempt, deadline, self._not_reached)
+        try:
+            attached = self._until(attempt, deadline, self._not_reached)
+        except BaseException:
+            self._drop_stream()
+            raise
         self._take_standing(attached)
         self.standing.version = attached.version
         return attached

@@ -61,11 +61,14 @@ class OptionTracker:
             changed = {
                 key: value
                 for key, value in group.items()
-                if key not in LOCAL_KEYS and not same_value(known.get(key, _ABSENT), value)
+                # Most options are the very object that they were; a tensor never is, since a copy of it is kept.
+                if (old := known.get(key, _ABSENT)) is not value
+                and key not in LOCAL_KEYS
+                and not same_value(old, value)
             }
             if changed:
                 changed = sendable(changed, self._required, number)
-            removed = [key for key in known if key not in group]
+            removed = [] if known.keys() <= group.keys() else [key for key in known if key not in group]
             if changed or removed:
                 edits[number] = (changed, removed)
         return edits

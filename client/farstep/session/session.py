@@ -246,7 +246,7 @@ class Session:
         used = stepped.outcome in {pb.Stepped.OUTCOME_COMMITTED, pb.Stepped.OUTCOME_SKIPPED}
         if used:
             self._options.acknowledge_edits(edits)
-        changed = edits_from_proto(stepped.edits, len(self._groups))
+        changed = edits_from_proto(stepped.edits, len(self._groups)) if stepped.edits else {}
         rolled_back = stepped.outcome == pb.Stepped.OUTCOME_ROLLED_BACK
         if used or rolled_back:
             self._take_options(changed)

@@ -8,8 +8,6 @@ different ones therefore take turns, while any number that want the same run sid
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -17,18 +15,24 @@ _changed = threading.Condition()
 _users = 0
 
 
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Run the block under that default dtype; wait while blocks under another run. Must not be nested."""
-    global _users  # noqa: PLW0603 - as global as what it guards
-    with _changed:
-        _changed.wait_for(lambda: _users == 0 or torch.get_default_dtype() == dtype)
-        if torch.get_default_dtype() != dtype:
-            torch.set_default_dtype(dtype)
-        _users += 1
-    try:
-        yield
-    finally:
+class default_dtype:  # noqa: N801 - used like a function, and once per step: a generator would cost more
+    """Runs a block under that default dtype; waits while blocks under another run. Must not be nested."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def __enter__(self) -> None:
+        global _users  # noqa: PLW0603 - as global as what it guards
+        with _changed:
+            while torch.get_default_dtype() != self._dtype:
+                if _users == 0:
+                    torch.set_default_dtype(self._dtype)
+                else:
+                    _changed.wait()
+            _users += 1
+
+    def __exit__(self, *exception: object) -> None:
+        global _users  # noqa: PLW0603 - as above
         with _changed:
             _users -= 1
             if _users == 0:

@@ -280,11 +280,12 @@ class HostedOptimizer:
                 self._advance_driven(self._driven)
             elif self._deferred:
                 self._resume_deferred(now)
-            elif isinstance(policy, Sync) and self._round.ready(
-                policy, self.members.live(), self.version, self.started, now
-            ):
+            elif not isinstance(policy, Sync):
+                if not self._unblock():
+                    return
+            elif len(self._round) and self._round.ready(policy, self.members.live(), self.version, self.started, now):
                 self._commit(self._round.take())
-            elif not self._unblock():
+            else:
                 return
 
     def _resume_deferred(self, now: float) -> None:
@@ -392,7 +393,7 @@ class HostedOptimizer:
             )
 
     def _record(self, act: ev.Act) -> WorkerRecord:
-        record = next(record for record in self.members if record.worker == act.worker)
+        record = self.members[act.worker]
         record.settled_sequence = act.sequence
         self.decided += 1
         return record

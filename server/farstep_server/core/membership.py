@@ -49,7 +49,11 @@ class Membership:
         self._records: dict[str, WorkerRecord] = {}
 
     def __iter__(self) -> Iterator[WorkerRecord]:
-        return iter(sorted(self._records.values(), key=lambda record: worker_order(record.worker)))
+        records = list(self._records.values())
+        return iter(records if len(records) < 2 else sorted(records, key=lambda record: worker_order(record.worker)))
+
+    def __getitem__(self, worker: str) -> WorkerRecord:
+        return self._records[worker]
 
     def live(self) -> list[WorkerRecord]:
         """Return the live workers in worker order."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Sequence
-from weakref import WeakSet
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ class ParameterStore:
         self.tensors = [torch.nn.Parameter(view) for view in layout.views(self.buffer)]
         self._host = contents
         self._host_is_current = True
-        self._readers: WeakSet[ParameterReader] = WeakSet()
+        self._readers: list[ref[ParameterReader]] = []
 
     @property
     def nbytes(self) -> int:
@@ -79,7 +79,7 @@ class ParameterStore:
     def reader(self) -> ParameterReader:
         """Return a reader of the parameters as they stand."""
         reader = ParameterReader(self.host())
-        self._readers.add(reader)
+        self._readers.append(ref(reader))
         return reader
 
     def host(self) -> Tensor:
@@ -98,7 +98,8 @@ class ParameterStore:
             self._host_is_current = False
 
     def _detach_readers(self) -> None:
-        unfinished = [reader for reader in self._readers if reader.open]
+        known = [reader() for reader in self._readers]
+        unfinished = [reader for reader in known if reader is not None and reader.open]
         if unfinished:
             copy = self._host.clone()
             for reader in unfinished:
