@@ -234,8 +234,8 @@ class Link:
     def _gave_up(self, error: FarstepError) -> FarstepError:
         kind = DeadlineError if isinstance(error, DeadlineError) else UnavailableError
         return kind(
-            f"{error}, and it could not be reached again in time. Whether the step was applied is unknown; the next call "
-            f"finds out, and applies it once. Check the server at {self.address}",
+            f"{error}, and it could not be reached again in time. Whether the step was applied is unknown: the next call "
+            f"finds out, and goes on from the server's parameters. Check the server at {self.address}",
             applied=Applied.UNKNOWN,
         )
 
