@@ -15,6 +15,7 @@ from farstep_wire.v1 import optimizer_pb2 as opb
 from farstep_wire.values import from_map, spec_from_proto, spec_to_proto, to_map
 
 _MILLISECOND = timedelta(milliseconds=1)
+_LONGEST_TIMEOUT_MS = 366 * 24 * 3600 * 1000
 
 
 def layout_to_proto(layout: Layout, options: Sequence[Mapping[str, object]]) -> pb.Layout:
@@ -123,6 +124,8 @@ def edits_from_proto(
     for message in messages:
         if message.group >= groups:
             raise ValueError(f"edit of group {message.group}; there are {groups} groups")
+        if message.group in edits:
+            raise ValueError(f"two edits of group {message.group}")
         changed = from_map(message.set, f"param_groups[{message.group}]")
         for key in (*changed, *message.removed):
             if not isinstance(key, str) or key == "params":
@@ -151,9 +154,10 @@ def policy_from_proto(message: pb.Policy) -> Policy:
     match message.WhichOneof("kind"):
         case "sync":
             sync = message.sync
-            return Sync(
-                sync.workers, sync.min_workers or None, sync.timeout_ms * _MILLISECOND if sync.timeout_ms else None
-            )
+            if sync.timeout_ms > _LONGEST_TIMEOUT_MS:
+                raise ValueError(f"Sync: a timeout of {sync.timeout_ms} ms; at most {_LONGEST_TIMEOUT_MS} are possible")
+            timeout = sync.timeout_ms * _MILLISECOND if sync.timeout_ms else None
+            return Sync(sync.workers, sync.min_workers or None, timeout)
         case "async":
             relaxed = getattr(message, "async")
             return Async(relaxed.max_staleness if relaxed.HasField("max_staleness") else None)

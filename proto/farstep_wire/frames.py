@@ -222,6 +222,9 @@ class Incoming:
         self._sink = sink
         self._received = 0
 
+    def __str__(self) -> str:
+        return f"{self._received} of {self._total} bytes"
+
     @property
     def complete(self) -> bool:
         """Whether every byte has come."""

@@ -23,10 +23,16 @@ from torch import Tensor
 
 ALIGNMENT_BYTES = 64
 
-DTYPES: dict[str, torch.dtype] = {
-    name: dtype for name in dir(torch) if isinstance(dtype := getattr(torch, name), torch.dtype)
+_WHOLE = {
+    getattr(torch, name) for name in ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
 }
-"""Every dtype of this torch by name, aliases included."""
+DTYPES: dict[str, torch.dtype] = {
+    name: dtype
+    for name in dir(torch)
+    if isinstance(dtype := getattr(torch, name), torch.dtype)
+    and (dtype.is_floating_point or dtype.is_complex or dtype in _WHOLE)
+}
+"""Every dtype of this torch whose elements are plain numbers, by name, aliases included."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:

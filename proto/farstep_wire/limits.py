@@ -24,6 +24,9 @@ NAME_BYTES = 255
 WORKER_BYTES = 64
 """A worker's id, in UTF-8."""
 
+LAYOUT_BYTES = 256 * 1024 * 1024
+"""A serialized layout."""
+
 MAX_PARAMETERS = 1_000_000
 """Parameters of one hosted optimizer."""
 

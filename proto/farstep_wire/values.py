@@ -7,6 +7,7 @@ that names where it stands. A float keeps its bits, a tuple stays a tuple, and a
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,7 +44,8 @@ def spec_from_proto(message: pb.TensorSpec, where: str) -> TensorSpec:
         spec = TensorSpec(dtype_from_name(message.dtype), shape, strides)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    if spec.nbytes >= 2**62:
+    extent = math.prod(max(size, 1) for size in shape) * spec.dtype.itemsize
+    if max(spec.nbytes, extent, *strides, 0) >= 2**62:
         raise ValueError(f"{where}: shape {list(shape)} is too large")
     return spec
 
@@ -190,7 +192,13 @@ def from_map(message: pb.ValueMap, where: str, tensors: Sequence[Tensor] = (), d
     result: dict[Any, Any] = {}
     for entry in message.entries:
         key = from_value(entry.key, f"{where} key", (), depth)
-        if not isinstance(key, (str, int, float, bool, tuple, type(None))):
-            raise ValueError(f"{where} has a key of type {type(key).__name__}")
+        if not _is_key(key):
+            raise ValueError(f"{where} has a key of type {type(key).__name__}: {key!r}")
         result[key] = from_value(entry.value, f"{where}[{key!r}]", tensors, depth)
     return result
+
+
+def _is_key(key: object) -> bool:
+    if isinstance(key, tuple):
+        return all(_is_key(item) for item in key)
+    return isinstance(key, (str, int, float, bool, type(None)))

@@ -15,6 +15,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
+from farstep_wire.errors import Applied, MismatchError
 from farstep_wire.layout import GradientPlan, Layout, SparseForm
 
 Gradients = list[Tensor | None]
@@ -56,7 +57,22 @@ def materialize(staged: Staged, layout: Layout, device: torch.device) -> tuple[G
 
 
 def _sparse(indices: Tensor, values: Tensor, shape: tuple[int, ...], form: SparseForm) -> Tensor:
-    return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=form.coalesced, check_invariants=True)
+    # The indices were checked when they came.
+    return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=form.coalesced, check_invariants=False)
+
+
+def check_indices(staged: Staged, layout: Layout) -> None:
+    """ValueError where an index of a sparse gradient lies outside its parameter; names both."""
+    for number, form in staged.plan.forms.items():
+        if not isinstance(form, SparseForm) or not form.nnz:
+            continue
+        spec, offset = staged.plan.pieces[number][0]
+        parameter = layout.parameters[number]
+        for row, size in zip(spec.view(staged.buffer, offset), parameter.spec.shape, strict=False):
+            low, high = (int(bound) for bound in torch.aminmax(row))
+            if low < 0 or high >= size:
+                wrong = low if low < 0 else high
+                raise ValueError(f"the sparse gradient of {parameter.key!r} ({parameter.spec}) has the index {wrong}")
 
 
 def reduce_gradients(contributions: Sequence[Gradients], weights: Sequence[float] | None) -> Gradients:
@@ -65,14 +81,23 @@ def reduce_gradients(contributions: Sequence[Gradients], weights: Sequence[float
         return contributions[0]
     total = float(len(contributions)) if weights is None else sum(weights)
     reduced: Gradients = []
-    for per_worker in zip(*contributions, strict=True):
+    for number, per_worker in enumerate(zip(*contributions, strict=True)):
         scaled = zip(per_worker, weights if weights is not None else repeat(None, len(per_worker)), strict=True)
         accumulator: Tensor | None = None
         for gradient, weight in scaled:
             if gradient is not None:
-                accumulator = _accumulate(accumulator, gradient, weight)
+                accumulator = _accumulated(number, accumulator, gradient, weight)
         reduced.append(None if accumulator is None else accumulator.div_(total))
     return reduced
+
+
+def _accumulated(number: int, accumulator: Tensor | None, gradient: Tensor, weight: float | None) -> Tensor:
+    try:
+        return _accumulate(accumulator, gradient, weight)
+    except RuntimeError as error:  # such as sparse over one dimension here and over two there
+        raise MismatchError(
+            f"the workers' gradients of parameter {number} cannot be added: {error}", applied=Applied.NO
+        ) from error
 
 
 def _accumulate(accumulator: Tensor | None, gradient: Tensor, weight: float | None) -> Tensor:

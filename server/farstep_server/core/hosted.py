@@ -30,6 +30,7 @@ from farstep_wire.errors import (
     ClosureError,
     FarstepError,
     FencedError,
+    InternalError,
     InvalidRequestError,
     LayoutMismatchError,
     MismatchError,
@@ -59,12 +60,15 @@ class HostedOptimizer:
         self.last_step_seconds = 0.0
         self._had_workers = False
         self._replies: ev.Replies = []
+        self.defect: Exception | None = None
+        """What was raised that no rule foresees, in the last event; for the owner to tell."""
 
     # Events in, replies out.
 
     def handle(self, event: ev.Event, now: float) -> ev.Replies:
         """Take one event at a time; return the replies that it caused, its own among them if it is ready."""
         self._replies = []
+        self.defect = None
         ticket = getattr(event, "ticket", None)
         try:
             self._expire(now)
@@ -73,6 +77,10 @@ class HostedOptimizer:
         except FarstepError as error:
             if ticket is not None:
                 self._reply(ticket, ev.Refusal(error))
+        except Exception as error:  # noqa: BLE001 - the owner tells it; nobody may wait for a reply that never comes
+            self.defect = error
+            if ticket is not None and all(ticket is not answered for answered, _ in self._replies):
+                self._reply(ticket, ev.Refusal(_defect(error)))
         return self._replies
 
     def next_deadline(self) -> float | None:
@@ -343,7 +351,15 @@ class HostedOptimizer:
                 case _:
                     self._commit_contributions([act for act in acts if isinstance(act, ev.Contribution)])
         except FarstepError as error:
-            for act in acts:
+            self._refuse(acts, error)
+        except Exception as error:
+            self._refuse(acts, _defect(error))
+            raise
+
+    def _refuse(self, acts: Sequence[ev.Act], error: FarstepError) -> None:
+        answered = {id(ticket) for ticket, _ in self._replies}
+        for act in acts:
+            if id(act.ticket) not in answered:
                 self._reply(act.ticket, ev.Refusal(error))
 
     def _commit_contributions(self, acts: list[ev.Contribution]) -> None:
@@ -454,9 +470,14 @@ class HostedOptimizer:
     def _advance_driven(self, driven: DrivenStep) -> None:
         try:
             driven.advance()
+        except MismatchError as error:
+            self._abort_driven(error)
         except FarstepError as error:
             self._driven = None
             self._replies += driven.refusals(error)
+        except Exception as error:
+            self._abort_driven(_defect(error))
+            raise
         else:
             self._after_driven(driven)
 
@@ -515,3 +536,7 @@ class HostedOptimizer:
             self._reply(waiting.ticket, ev.Refusal(error))
         self._blocked.clear()
         self._deferred.clear()
+
+
+def _defect(error: Exception) -> FarstepError:
+    return InternalError(f"{type(error).__name__}: {error}", applied=Applied.UNKNOWN)

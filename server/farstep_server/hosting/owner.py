@@ -18,7 +18,7 @@ from typing import TypeVar
 from farstep_server.core import events as ev
 from farstep_server.core.hosted import HostedOptimizer
 from farstep_server.logs import log_event
-from farstep_wire.errors import DeadlineError, FarstepError, InternalError, RemovedError
+from farstep_wire.errors import DeadlineError, FarstepError, RemovedError
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -160,14 +160,10 @@ class Owner:
             return ev.Tick()
 
     def _handle(self, event: ev.Event) -> None:
-        try:
-            replies = self.hosted.handle(event, time.monotonic())
-        except Exception as error:  # noqa: BLE001 - a defect here must not take the others down
-            log_event(
-                _LOGGER, logging.ERROR, "handler_failed", name=self.name, kind=type(event).__name__, exc_info=error
-            )
-            self._refuse(event, InternalError(f"{type(error).__name__}: {error}"))
-            return
+        replies = self.hosted.handle(event, time.monotonic())
+        if (defect := self.hosted.defect) is not None:
+            kind = type(event).__name__
+            log_event(_LOGGER, logging.ERROR, "handler_failed", name=self.name, kind=kind, exc_info=defect)
         for ticket, reply in replies:
             ticket.deliver(reply)
         if not isinstance(event, _SILENT):

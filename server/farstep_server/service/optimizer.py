@@ -28,6 +28,8 @@ class OptimizerService:
 
     def _session(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         session = Session(self._directory, requests, context.is_active)
-        if not context.add_callback(session.close):
+        # Told of the stream's end in any case: gRPC drops a generator that it no longer needs where that stands.
+        if not context.add_callback(session.end):
+            session.end()
             return iter(())
         return session.frames()

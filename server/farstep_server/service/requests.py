@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from farstep_server.core import events as ev
-from farstep_server.core.gradients import Staged
+from farstep_server.core.gradients import Staged, check_indices
 from farstep_server.core.parameters import tensor_memory
 from farstep_server.service.staging import StagingBuffers, new_buffer
 from farstep_wire.bundle import read_bundle
@@ -17,10 +17,12 @@ from farstep_wire.convert import edited_from_proto, edits_from_proto, forms_from
 from farstep_wire.errors import InvalidRequestError
 from farstep_wire.frames import BufferSink, Incoming
 from farstep_wire.layout import GradientPlan, Layout, plan_gradients
+from farstep_wire.limits import LAYOUT_BYTES
 from farstep_wire.v1 import common_pb2 as cpb
 from farstep_wire.v1 import optimizer_pb2 as pb
 from farstep_wire.values import from_value
 
+_WITH_BYTES = frozenset({"attach", "upload", "contribution", "evaluation", "load_state", "add_param_group"})
 NO_LAYOUT = Layout((), ())
 
 
@@ -58,6 +60,7 @@ class Request:
     def _contribution(self, ticket: ev.Ticket, worker: str, message: pb.Contribution) -> ev.Contribution:
         if not math.isfinite(message.num_samples) or message.num_samples < 0:
             raise ValueError(f"num_samples must be positive and finite, not {message.num_samples}")
+        _check_sequence(message.sequence)
         return ev.Contribution(
             ticket,
             worker,
@@ -65,7 +68,7 @@ class Request:
             message.sequence,
             message.version,
             message.incarnation,
-            None if self.plan is None or message.abstain else Staged(self.plan, self.buffer, self.views),
+            None if message.abstain else self._staged(),
             edits_from_proto(message.edits, len(self.layout.group_sizes)),
             message.abstain,
             message.closure,
@@ -73,39 +76,59 @@ class Request:
             message.omit_parameters,
         )
 
+    def _staged(self) -> Staged | None:
+        if self.plan is None:
+            return None
+        staged = Staged(self.plan, self.buffer, self.views)
+        check_indices(staged, self.layout)
+        return staged
+
     def _evaluation(self, ticket: ev.Ticket, worker: str, message: pb.Evaluation) -> ev.Evaluation:
-        staged = None if self.plan is None else Staged(self.plan, self.buffer, self.views)
+        staged = self._staged()
         loss = None if message.error else from_value(message.loss, "loss")
         return ev.Evaluation(
             ticket, worker, message.epoch, message.sequence, message.number, loss, staged, message.error
         )
 
     def _load_state(self, ticket: ev.Ticket, worker: str, message: pb.LoadState) -> ev.LoadState:
-        tree = read_bundle(self.buffer, message.header_bytes, "load_state")
+        tree = read_bundle(self.buffer, message.header_bytes, "the bundle")
         if not isinstance(tree, dict) or tree.keys() != {"state", "groups"}:
-            raise ValueError("load_state: the bundle must hold 'state' and 'groups'")
+            raise ValueError("the bundle must hold 'state' and 'groups'")
+        _check_sequence(message.sequence)
         state, groups = tree["state"], tree["groups"]
         if not isinstance(groups, list) or len(groups) != len(self.layout.group_sizes):
-            raise ValueError(f"load_state: 'groups' must be a list of {len(self.layout.group_sizes)} groups")
+            raise ValueError(f"'groups' must be a list of {len(self.layout.group_sizes)} groups")
+        if not all(isinstance(group, dict) for group in groups):
+            raise ValueError(f"'groups' must hold the options of each group, not {groups!r}")
         if not all(isinstance(entry, list) and len(entry) == 2 for entry in state):
-            raise ValueError("load_state: each entry of 'state' must be a pair of key and entries")
+            raise ValueError("each entry of 'state' must be a pair of key and entries")
         for key, _ in state:
+            if not isinstance(key, (int, str)):
+                raise ValueError(f"'state' has the key {key!r}")
             if isinstance(key, int) and not 0 <= key < len(self.layout.parameters):
-                raise ValueError(f"load_state: state of parameter {key}; there are {len(self.layout.parameters)}")
+                raise ValueError(f"state of parameter {key}; there are {len(self.layout.parameters)}")
         return ev.LoadState(
             ticket, worker, message.epoch, message.sequence, [(key, value) for key, value in state], groups
         )
 
     def _add_group(self, ticket: ev.Ticket, worker: str, message: pb.AddParamGroup) -> ev.AddGroup:
+        _check_sequence(message.sequence)
+        if message.layout_bytes > self.buffer.numel():
+            raise ValueError(f"a layout of {message.layout_bytes} bytes in a body of {self.buffer.numel()}")
         layout, options = read_layout(self.buffer[: message.layout_bytes])
         contents = self.buffer[message.layout_bytes :]
         if len(options) != 1 or contents.numel() != layout.arena.nbytes:
             raise ValueError(
-                f"add_param_group: one group and {layout.arena.nbytes} bytes of parameters are due; "
+                f"one group and {layout.arena.nbytes} bytes of parameters are due; "
                 f"{len(options)} groups and {contents.numel()} bytes came"
             )
         self.layout.extended(layout)
         return ev.AddGroup(ticket, worker, message.epoch, message.sequence, layout, options[0], contents.clone())
+
+
+def _check_sequence(sequence: int) -> None:
+    if sequence < 1:
+        raise ValueError(f"sequence numbers begin at 1, not {sequence}")
 
 
 def read_layout(buffer: Tensor) -> tuple[Layout, list[dict[str, object]]]:
@@ -131,6 +154,12 @@ class Decoder:
         except ValueError as error:
             raise InvalidRequestError(f"{kind}: {error}") from None
         expected = None if plan is None else plan.nbytes
+        if kind not in _WITH_BYTES and frame.total_bytes:
+            raise InvalidRequestError(f"{kind}: {frame.total_bytes} bytes are declared; it takes none")
+        if kind == "attach" and frame.total_bytes > LAYOUT_BYTES:
+            raise InvalidRequestError(
+                f"attach: a layout of {frame.total_bytes} bytes; at most {LAYOUT_BYTES} are possible"
+            )
         if kind == "upload":
             expected = layout.arena.nbytes
         if expected is not None and frame.total_bytes != expected:

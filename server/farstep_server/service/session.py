@@ -24,7 +24,14 @@ from farstep_server.service.encoding import attached, encode_reply
 from farstep_server.service.requests import NO_LAYOUT, Decoder, Request, read_layout
 from farstep_wire.address import check_name
 from farstep_wire.convert import policy_from_proto
-from farstep_wire.errors import FarstepError, InternalError, InvalidRequestError, ProtocolError
+from farstep_wire.errors import (
+    Applied,
+    ConfigurationError,
+    FarstepError,
+    InternalError,
+    InvalidRequestError,
+    ProtocolError,
+)
 from farstep_wire.frames import Incoming, NullSink, decode, encode
 from farstep_wire.layout import Layout
 from farstep_wire.limits import OLDEST_PROTOCOL, PROTOCOL, WORKER_BYTES
@@ -35,6 +42,7 @@ _LOGGER = logging.getLogger(__name__)
 _JOIN_SECONDS = 60.0
 _TOUCH_SECONDS = 1.0
 _LONGEST_WAIT_SECONDS = 3600.0
+_STEPS = frozenset({"contribution", "evaluation"})
 _ON_EXISTING = {
     pb.ON_EXISTING_UNSPECIFIED: "attach",
     pb.ON_EXISTING_ATTACH: "attach",
@@ -88,24 +96,26 @@ class Session:
         self._pending: Request | None = None
         self._incoming: Incoming | None = None
         self._number = 0
+        self._kind = ""
         self._last_touch = 0.0
         self._awaited = 0
+        self._ending = threading.Lock()
+        self._ended = False
+        directory.session_opened()
 
     def frames(self) -> Iterator[bytes]:
         """Yield the frames of the replies, each as soon as it is there."""
-        self._directory.session_opened()
         while self._read_one():
             while not self._outbox.empty():
                 item = self._outbox.get()
                 if item is None:
-                    self._end()
                     return
                 self._awaited -= 1
                 yield from _encoded(item)
             if self._awaited > 0:
                 break
         else:
-            self._end()
+            self.end()
             while not self._outbox.empty() and (item := self._outbox.get()) is not None:
                 yield from _encoded(item)
             return
@@ -113,8 +123,15 @@ class Session:
         while (item := self._outbox.get()) is not None:
             yield from _encoded(item)
 
-    def close(self) -> None:
-        """End the session; may be called from any thread, and more than once."""
+    def end(self) -> None:
+        """End the session and give up what it has reserved; may be called from any thread, and more than once."""
+        with self._ending:
+            first, self._ended = not self._ended, True
+            creation, self._creation = self._creation, None
+        if creation is not None:
+            self._directory.release(creation.blueprint.name, creation.attach.worker)
+        if first:
+            self._directory.session_closed()
         self._outbox.put(None)
 
     # The reader.
@@ -123,7 +140,7 @@ class Session:
         """Take one frame; return whether the session goes on."""
         try:
             data = next(self._requests, None)
-            return data is not None and self._take(data)
+            return self._ended_early() if data is None else self._take(data)
         except Exception as error:  # noqa: BLE001 - a defect here must not take the others down
             if self._is_active():
                 log_event(_LOGGER, logging.ERROR, "session_failed", exc_info=error)
@@ -133,13 +150,13 @@ class Session:
     def _read_all(self) -> None:
         while self._read_one():
             pass
-        self._end()
+        self.end()
 
-    def _end(self) -> None:
-        if self._creation is not None:
-            self._directory.release(self._creation.blueprint.name, self._creation.attach.worker)
-        self._directory.session_closed()
-        self.close()
+    def _ended_early(self) -> bool:
+        """The client will send no more; refuse the request that it has not finished."""
+        if self._pending is not None:
+            self._refuse(InvalidRequestError(f"{self._pending.kind}: the stream ended after {self._pending.incoming}"))
+        return False
 
     def _take(self, data: bytes) -> bool:
         """Take one frame; return whether the session goes on. A malformed frame ends it, a refused request does not."""
@@ -172,7 +189,7 @@ class Session:
             self._seat.owner.post(ev.Touch(self._seat.worker, self._seat.epoch))
 
     def _begin(self, frame: pb.ClientFrame) -> None:
-        self._number = frame.request
+        self._number, self._kind = frame.request, frame.WhichOneof("body") or ""
         try:
             self._pending = self._decoder.begin(frame, self._layout())
             self._incoming = self._pending.incoming
@@ -187,6 +204,8 @@ class Session:
         return NO_LAYOUT if self._creation is None else self._creation.blueprint.layout
 
     def _refuse(self, error: FarstepError) -> None:
+        if self._kind in _STEPS and error.applied is Applied.NONE:
+            error.applied = Applied.NO
         self._awaited = max(self._awaited, 1)
         self._outbox.put((self._number, ev.Refusal(error)))
 
@@ -234,18 +253,31 @@ class Session:
             on_existing = _ON_EXISTING.get(attach.on_existing, "attach")
             owner = self._directory.find_or_reserve(blueprint, attach.worker, on_existing, wait, self._is_active)
         if owner is None:
-            self._creation = _Creation(blueprint, attach)
+            self._reserved(_Creation(blueprint, attach))
             frame = pb.ServerFrame(request=self._number, attached=pb.Attached(outcome=pb.Attached.OUTCOME_UPLOAD))
             self._answer(frame)
         else:
             self._join(owner, blueprint, attach, None)
 
+    def _reserved(self, creation: _Creation) -> None:
+        with self._ending:
+            self._creation = creation
+            ended = self._ended
+        if ended:
+            self.end()
+
     def _on_upload(self, request: Request) -> None:
-        if self._creation is None:
+        with self._ending:
+            creation, self._creation = self._creation, None
+        if creation is None:
             raise InvalidRequestError("upload where no creation was begun")
-        creation, self._creation = self._creation, None
         owner = self._directory.create(creation.blueprint, creation.attach.worker, request.buffer)
-        self._join(owner, creation.blueprint, creation.attach, pb.Attached.OUTCOME_CREATED)
+        try:
+            self._join(owner, creation.blueprint, creation.attach, pb.Attached.OUTCOME_CREATED)
+        except FarstepError:
+            # Its own creator does not fit it: nobody has it, so it must not keep the name.
+            self._directory.remove(creation.blueprint.name)
+            raise
 
     def _join(
         self, owner: Owner, blueprint: Blueprint, attach: pb.Attach, outcome: pb.Attached.Outcome.ValueType | None
@@ -297,10 +329,18 @@ def _blueprint(request: Request, attach: pb.Attach) -> Blueprint:
     layout, options = read_layout(request.buffer)
     if not layout.parameters:
         raise InvalidRequestError("attach: the layout has no parameters")
+    arguments = from_map(attach.arguments, "arguments")
+    for key in arguments:
+        if not isinstance(key, str):
+            raise InvalidRequestError(f"attach: arguments has the name {key!r}, which is no text")
+    try:
+        name = check_name(attach.name)
+    except ConfigurationError as error:
+        raise InvalidRequestError(f"attach: {error}") from None
     return Blueprint(
-        check_name(attach.name),
+        name,
         attach.optimizer,
-        from_map(attach.arguments, "arguments"),
+        arguments,
         layout,
         options,
         policy_from_proto(attach.policy),
