@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Self
 
 import grpc
@@ -20,6 +20,7 @@ from farstep_wire.v1 import optimizer_pb2 as pb
 from farstep_wire.values import to_map
 
 REPLY_SECONDS = 20.0
+_KINDS = frozenset(field.name for field in pb.ClientFrame.DESCRIPTOR.oneofs_by_name["body"].fields)
 METHOD = "/farstep.v1.OptimizerService/Session"
 
 
@@ -46,7 +47,9 @@ class RawSession:
         self._call: Any = self._channel.stream_stream(METHOD, None, None)(self._messages())
         self._reader = threading.Thread(target=self._read, name="raw-session")
         self._reader.start()
+        self.address = address
         self.requests = 0
+        self.last_kind = ""
 
     def __enter__(self) -> Self:
         return self
@@ -75,11 +78,13 @@ class RawSession:
     def send(self, body: bytes = b"", **fields: Any) -> None:
         """Send a whole request, framed as the client does; ``fields`` are those of ClientFrame."""
         self.requests += 1
+        self.last_kind = next(iter(fields))
         for data in encode(pb.ClientFrame(request=self.requests, **fields), Body([body])):
             self.send_bytes(data)
 
     def send_frame(self, **fields: Any) -> None:
         """Send one frame exactly as told."""
+        self.last_kind = next((name for name in fields if name in _KINDS), self.last_kind)
         self.send_bytes(pb.ClientFrame(**fields).SerializeToString())
 
     def finish(self) -> None:
@@ -147,10 +152,11 @@ def flat_layout(*sizes: int, dtype: torch.dtype = torch.float32) -> Layout:
     return Layout(parameters, (len(sizes),))
 
 
-def layout_bytes(layout: Layout, options: Sequence[dict[str, Any]] | None = None) -> bytes:
-    """Return a layout as the bytes of Attach; by default its groups have no options of their own."""
-    chosen = [{} for _ in layout.group_sizes] if options is None else options
-    return layout_to_proto(layout, chosen).SerializeToString()
+def layout_bytes(layout: Layout, optimizer: str = "SGD") -> bytes:
+    """Return a layout as the bytes of Attach, with the options that the class has by default and a rate of 0.1."""
+    built = getattr(torch.optim, optimizer)([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    options = {key: value for key, value in built.param_groups[0].items() if key != "params"}
+    return layout_to_proto(layout, [options for _ in layout.group_sizes]).SerializeToString()
 
 
 def attach_message(name: str, *, optimizer: str = "SGD", policy: Policy | None = None, **fields: Any) -> pb.Attach:
