@@ -11,7 +11,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch.optim import Optimizer, lr_scheduler, swa_utils
+from torch.optim import Optimizer
 
 from farstep.optim.proxy import RemoteOptimizer, proxy_class
 from farstep_wire.algorithms.conjugate_gradient import ConjugateGradient as _ConjugateGradient
@@ -45,10 +45,13 @@ _classes = {
     name: proxy_class(cls, name, drives_closure=name in _DRIVE_CLOSURES)
     for name, cls in {**_torch_classes(), "ConjugateGradient": _ConjugateGradient}.items()
 }
-globals().update(_classes)
+# Whatever else torch.optim exports is torch's own.
+_rest = {name: getattr(torch.optim, name) for name in torch.optim.__all__ if name not in _classes}
+globals().update(_classes, **_rest)
 
-__all__ = ["Optimizer", "lr_scheduler", "remote_optimizer", "swa_utils"]
+__all__ = ["remote_optimizer"]
 __all__ += list(_classes)
+__all__ += list(_rest)
 
 
 def __getattr__(name: str) -> Any:
