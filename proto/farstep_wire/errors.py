@@ -16,6 +16,7 @@
         ├── ResourceExhaustedError             past a limit; says what was asked for and what is left
         ├── WaitError                          other workers did not come in time
         ├── FencedError                        a newer session of this worker id has taken over
+        │   └── LeaseError                     this worker's lease ran out; it may attach again
         ├── RemovedError                       the hosted optimizer was removed while in use
         ├── RollbackError                      acknowledged steps are gone: the server is back at an older version
         ├── StepFailedError                    the optimizer raised; the step was rolled back
@@ -150,6 +151,12 @@ class FencedError(RefusedError):
     code = "FENCED"
 
 
+class LeaseError(FencedError):
+    """This worker's lease ran out, and the round went on without it. Attaching again makes it a member again."""
+
+    code = "LEASE"
+
+
 class RemovedError(RefusedError):
     """The hosted optimizer was removed while this worker used it."""
 
@@ -215,6 +222,7 @@ _ROWS = (
     ErrorRow(ResourceExhaustedError, "RESOURCE_EXHAUSTED"),
     ErrorRow(WaitError, "DEADLINE_EXCEEDED"),
     ErrorRow(FencedError, "ABORTED"),
+    ErrorRow(LeaseError, "ABORTED"),
     ErrorRow(RemovedError, "NOT_FOUND"),
     ErrorRow(RollbackError, "ABORTED"),
     ErrorRow(StepFailedError, "FAILED_PRECONDITION"),

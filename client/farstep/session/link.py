@@ -27,8 +27,8 @@ from farstep_wire.errors import (
     DeadlineError,
     DrainingError,
     FarstepError,
-    FencedError,
     InternalError,
+    LeaseError,
     RollbackError,
     UnavailableError,
 )
@@ -191,11 +191,9 @@ class Link:
         while True:
             try:
                 return attempt()
-            except (UnavailableError, DrainingError, FencedError) as error:
+            except (UnavailableError, DrainingError, LeaseError) as error:
                 self._drop_stream()
                 now = time.monotonic()
-                if isinstance(error, FencedError) and not self._may_come_back(error):
-                    raise
                 broken_since = now if broken_since is None else broken_since
                 limit = self._limit(deadline, broken_since)
                 if (
@@ -217,10 +215,6 @@ class Link:
         if not self.standing.lineage:
             return deadline
         return min(deadline, broken_since + self._remote.timeouts.seconds("reconnect"))
-
-    def _may_come_back(self, error: FencedError) -> bool:
-        # A lease that ran out (a laptop that slept) is made good by attaching again; another process is not.
-        return "its lease" in str(error)
 
     def _not_reached(self, error: FarstepError) -> FarstepError:
         seconds = self._remote.timeouts.seconds("connect")

@@ -33,6 +33,7 @@ from farstep_wire.errors import (
     InternalError,
     InvalidRequestError,
     LayoutMismatchError,
+    LeaseError,
     MismatchError,
     RollbackError,
 )
@@ -206,7 +207,7 @@ class HostedOptimizer:
     def _forget(self, worker: str) -> None:
         act = self._withdraw(worker)
         if act is not None:
-            error = FencedError(
+            error = LeaseError(
                 f"worker {worker} is no member any more; its contribution was dropped", applied=Applied.NO
             )
             self._reply(act.ticket, ev.Refusal(error))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from farstep_server.core.events import Member, Outcome, WorkerRow
-from farstep_wire.errors import Applied, FencedError
+from farstep_wire.errors import Applied, FencedError, LeaseError
 from farstep_wire.policy import worker_order
 
 
@@ -88,7 +88,7 @@ class Membership:
                 applied=Applied.NO,
             )
         if not record.live:
-            raise FencedError(
+            raise LeaseError(
                 f"worker {worker}: its lease of {self.lease_seconds:g} s ran out and the round went on without it; "
                 f"attach again to go on",
                 applied=Applied.NO,
