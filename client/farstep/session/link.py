@@ -76,6 +76,7 @@ class Link:
         self._stream: Stream | None = None
         self._requests = 0
         self._process = os.getpid()
+        self._broken_since: float | None = None
 
     # Attaching.
 
@@ -146,6 +147,7 @@ class Link:
         UnavailableError (DeadlineError where time ran out): ``applied`` is UNKNOWN.
         """
         deadline = time.monotonic() + self._remote.timeouts.seconds("step")
+        self._broken_since = None
 
         def attempt() -> Result:
             self._ensure(deadline)
@@ -160,7 +162,8 @@ class Link:
             self._process = os.getpid()
             self._stream = self._transport = None
         if self._stream is None:
-            self._reattach(deadline)
+            self._reattach(self._limit(deadline))
+            self._broken_since = None
 
     def send(self, frame: pb.ClientFrame, body: BytesSource = EMPTY) -> None:
         """Send a message on the stream as it is."""
@@ -187,18 +190,15 @@ class Link:
         self, attempt: Callable[[], Result], deadline: float, give_up: Callable[[FarstepError], FarstepError]
     ) -> Result:
         pause = self._remote.retry.first
-        broken_since: float | None = None
         while True:
             try:
                 return attempt()
             except (UnavailableError, DrainingError, LeaseError) as error:
                 self._drop_stream()
                 now = time.monotonic()
-                broken_since = now if broken_since is None else broken_since
-                limit = self._limit(deadline, broken_since)
                 if (
                     isinstance(error, DeadlineError)
-                    or now + pause >= limit
+                    or now + pause >= self._limit(deadline)
                     or embedded_server_ended(self.address.target)
                 ):
                     raise give_up(error) from error
@@ -211,10 +211,13 @@ class Link:
                 self._drop_stream()
                 raise
 
-    def _limit(self, deadline: float, broken_since: float) -> float:
+    def _limit(self, deadline: float) -> float:
+        """Return until when to try again: a server that was here before has ``reconnect`` to come back."""
         if not self.standing.lineage:
             return deadline
-        return min(deadline, broken_since + self._remote.timeouts.seconds("reconnect"))
+        if self._broken_since is None:
+            self._broken_since = time.monotonic()
+        return min(deadline, self._broken_since + self._remote.timeouts.seconds("reconnect"))
 
     def _not_reached(self, error: FarstepError) -> FarstepError:
         seconds = self._remote.timeouts.seconds("connect")
@@ -226,10 +229,18 @@ class Link:
         )
 
     def _gave_up(self, error: FarstepError) -> FarstepError:
-        kind = DeadlineError if isinstance(error, DeadlineError) else UnavailableError
-        return kind(
-            f"{error}, and it could not be reached again in time. Whether the step was applied is unknown: the next call "
-            f"finds out, and goes on from the server's parameters. Check the server at {self.address}",
+        unknown = (
+            "Whether the step was applied is unknown: the next call finds out, and goes on from the server's parameters"
+        )
+        if isinstance(error, DeadlineError):
+            seconds = self._remote.timeouts.seconds("step")
+            return DeadlineError(
+                f"{error} (timeouts.step is {seconds:g} s). {unknown}. A round waits for every live worker: farstep ls and "
+                f"farstep show, with --server {self.address}, say whether one is missing or the server hangs",
+                applied=Applied.UNKNOWN,
+            )
+        return UnavailableError(
+            f"{error}, and it could not be reached again in time. {unknown}. Check the server at {self.address}",
             applied=Applied.UNKNOWN,
         )
 
