@@ -21,7 +21,7 @@ import grpc
 
 from farstep.transports.base import SinkFor, Stream, Transport
 from farstep_wire.address import Address
-from farstep_wire.errors import DeadlineError, FarstepError, InternalError, UnavailableError
+from farstep_wire.errors import ConfigurationError, DeadlineError, FarstepError, InternalError, UnavailableError
 from farstep_wire.frames import EMPTY, BytesSource, Incoming, decode, encode
 from farstep_wire.limits import MESSAGE_BYTES
 from farstep_wire.v1 import optimizer_pb2 as pb
@@ -40,8 +40,23 @@ _OPTIONS = [
 ]
 
 
+_opened = False
+_inherited = False
+
+
 def open_channel(address: Address) -> grpc.Channel:
-    """Return a channel to the address; it connects when it is first used."""
+    """Return a channel to the address; it connects when it is first used.
+
+    ConfigurationError: this process was forked from one that had opened a channel.
+    """
+    global _opened  # noqa: PLW0603 - gRPC itself is one per process
+    if _inherited:
+        raise ConfigurationError(
+            f"this process (pid {os.getpid()}) was forked from one that is connected to a farstep server, and gRPC does "
+            f"not work in such a child: start it with multiprocessing's method 'spawn' or 'forkserver', or fork before "
+            f"the first optimizer is built. Children that leave the optimizer alone, as a DataLoader's do, are safe"
+        )
+    _opened = True
     return grpc.insecure_channel(address.target, options=_OPTIONS)
 
 
@@ -175,8 +190,9 @@ class GrpcTransport(Transport):
 
 
 def _forget_threads_after_fork() -> None:
-    global _watchdog  # noqa: PLW0603 - the thread of the parent is not here
+    global _watchdog, _inherited  # noqa: PLW0603 - the thread of the parent is not here
     _watchdog = _Watchdog()
+    _inherited = _inherited or _opened
 
 
 os.register_at_fork(after_in_child=_forget_threads_after_fork)
