@@ -37,7 +37,7 @@ from farstep_wire.limits import PROTOCOL
 from farstep_wire.v1 import optimizer_pb2 as pb
 
 _LOGGER = logging.getLogger("farstep")
-_HEARTBEAT_SECONDS = 5.0
+_LONGEST_HEARTBEAT_SECONDS = 20.0
 _LEAVE_SECONDS = 2.0
 
 Result = TypeVar("Result")
@@ -101,7 +101,7 @@ class Link:
 
     def _open(self, deadline: float) -> pb.Attached:
         if self._transport is None:
-            self._transport = GrpcTransport(self.address, _HEARTBEAT_SECONDS)
+            self._transport = GrpcTransport(self.address)
         self._stream = self._transport.open(deadline)
         self._requests = 0
         attach, layout = self._describe_attach()
@@ -117,6 +117,8 @@ class Link:
         standing.lineage, standing.incarnation = attached.lineage, attached.incarnation
         standing.epoch, standing.settled = attached.epoch, attached.settled_sequence
         standing.device, standing.server_version = attached.device, attached.server_version
+        assert self._stream is not None, "attached"
+        self._stream.keep_alive(min(attached.lease_ms / 3000, _LONGEST_HEARTBEAT_SECONDS))
 
     def _reattach(self, deadline: float) -> None:
         before = self.standing.incarnation

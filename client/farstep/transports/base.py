@@ -33,6 +33,10 @@ class Stream(ABC):
         """
 
     @abstractmethod
+    def keep_alive(self, interval_seconds: float) -> None:
+        """From now on send a heartbeat whenever nothing else has been sent for that long."""
+
+    @abstractmethod
     def close(self) -> None:
         """End the stream; may be called more than once and from any thread."""
 

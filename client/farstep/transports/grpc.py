@@ -9,6 +9,7 @@ deadline has passed. It also sends the heartbeats.
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import threading
@@ -63,7 +64,7 @@ def open_channel(address: Address) -> grpc.Channel:
 class GrpcStream(Stream):
     """One call of OptimizerService.Session."""
 
-    def __init__(self, channel: grpc.Channel, address: Address, heartbeat_seconds: float) -> None:
+    def __init__(self, channel: grpc.Channel, address: Address) -> None:
         self._address = address
         self._outbox: queue.SimpleQueue[tuple[pb.ClientFrame, BytesSource] | None] = queue.SimpleQueue()
         service = pb.DESCRIPTOR.services_by_name["OptimizerService"]
@@ -71,7 +72,7 @@ class GrpcStream(Stream):
         self._closed = False
         self._timed_out = False
         self.deadline: float | None = None
-        self.heartbeat_seconds = heartbeat_seconds
+        self._heartbeat_seconds = math.inf
         self.last_sent = time.monotonic()
         self._call: Any = method(self._messages())
         _watchdog.watch(self)
@@ -110,6 +111,10 @@ class GrpcStream(Stream):
         detail = f"{call.code().name}: {call.details()}" if hasattr(call, "code") else str(error)
         return UnavailableError(f"the connection to {self._address} broke ({detail})")
 
+    def keep_alive(self, interval_seconds: float) -> None:
+        """Have the watchdog send heartbeats."""
+        self._heartbeat_seconds = interval_seconds
+
     def close(self) -> None:
         """End the stream."""
         if not self._closed:
@@ -125,7 +130,7 @@ class GrpcStream(Stream):
         if deadline is not None and now > deadline:
             self._timed_out = True
             self._call.cancel()
-        elif not self._closed and now - self.last_sent > self.heartbeat_seconds:
+        elif not self._closed and now - self.last_sent > self._heartbeat_seconds:
             self.send(pb.ClientFrame(heartbeat=pb.Heartbeat()))
 
 
@@ -165,9 +170,8 @@ _watchdog = _Watchdog()
 class GrpcTransport(Transport):
     """A channel to one server."""
 
-    def __init__(self, address: Address, heartbeat_seconds: float) -> None:
+    def __init__(self, address: Address) -> None:
         self._address = address
-        self._heartbeat_seconds = heartbeat_seconds
         self._channel = open_channel(address)
 
     def open(self, deadline: float) -> Stream:
@@ -180,7 +184,7 @@ class GrpcTransport(Transport):
         finally:
             ready.cancel()
         try:
-            return GrpcStream(self._channel, self._address, self._heartbeat_seconds)
+            return GrpcStream(self._channel, self._address)
         except ValueError as error:
             raise InternalError(f"the channel to {self._address} is closed: {error}") from None
 
