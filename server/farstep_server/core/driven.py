@@ -25,6 +25,7 @@ class DrivenStep:
         self._acts = list(acts)
         self.contributions = {act.worker: act for act in acts if not act.abstain}
         self._tickets: dict[str, Ticket] = {act.worker: act.ticket for act in acts}
+        self._asked: set[str] = set()
         self._results: dict[str, Evaluation] = {}
         self._undo = engine.undo()
         self._run = ClosureRun(engine.optimizer)
@@ -47,6 +48,7 @@ class DrivenStep:
 
     def enquiries(self) -> Replies:
         """Ask every participant for the evaluation that is out."""
+        self._asked.update(self.contributions)
         return [(self._tickets[worker], self._enquiry()) for worker in self.contributions]
 
     def _enquiry(self) -> EvaluateReply:
@@ -61,8 +63,8 @@ class DrivenStep:
         return [] if act.worker in self._results else [(act.ticket, self._enquiry())]
 
     def refusals(self, error: FarstepError) -> Replies:
-        """Refuse the step to all that are still in it."""
-        return [(ticket, Refusal(error)) for ticket in self._tickets.values()]
+        """Refuse the step to all that wait for a reply; who evaluates now will learn of it by the reply to the result."""
+        return [(ticket, Refusal(error)) for worker, ticket in self._tickets.items() if worker not in self._asked]
 
     def settled(self) -> list[Contribution]:
         """Return the acts that the finished step settles, with the tickets that wait for it now."""
@@ -80,6 +82,7 @@ class DrivenStep:
                 f"evaluation {evaluation.number} where {self._wanted} is awaited", applied=Applied.NO
             )
         self._tickets[evaluation.worker] = evaluation.ticket
+        self._asked.discard(evaluation.worker)
         if evaluation.error:
             raise ClosureError(
                 f"the closure raised on worker {evaluation.worker}: {evaluation.error}. The step was rolled back",
@@ -97,6 +100,7 @@ class DrivenStep:
         self.contributions.pop(worker, None)
         self._results.pop(worker, None)
         self._tickets.pop(worker, None)
+        self._asked.discard(worker)
 
     def advance(self) -> None:
         """Reduce the results and run on to the next evaluation or the end."""

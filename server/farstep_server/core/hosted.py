@@ -55,6 +55,7 @@ class HostedOptimizer:
         self.decided = 0
         """Acts that were decided, by whatever outcome: what makes two dumps of one version differ."""
         self._driven: DrivenStep | None = None
+        self._aborted: FarstepError | None = None
         self._deferred: list[ev.Act | ev.ReadParameters | ev.TakeDump] = []
         self._blocked: list[ev.Contribution] = []
         self.stale = 0
@@ -460,8 +461,9 @@ class HostedOptimizer:
         self.members.check(event.worker, event.epoch, now)
         driven = self._driven
         if driven is None or not driven.takes(event):
+            reason = f": {self._aborted}" if self._aborted is not None else ""
             raise ClosureError(
-                "the step that this evaluation belongs to has ended; it was rolled back", applied=Applied.NO
+                f"the step that this evaluation belongs to has ended; it was rolled back{reason}", applied=Applied.NO
             )
         try:
             driven.put(event)
@@ -492,6 +494,7 @@ class HostedOptimizer:
     def _abort_driven(self, error: FarstepError) -> None:
         driven, self._driven = self._driven, None
         if driven is not None:
+            self._aborted = error
             driven.roll_back()
             self._replies += driven.refusals(error)
 
