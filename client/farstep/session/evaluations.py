@@ -19,7 +19,7 @@ class Evaluations:
         self._first: object = None
         self._number = -1
         self.loss: Any = None
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     def run(self, number: int) -> bool:
         """Make ``loss`` and the gradients those of that evaluation; return whether the closure went through."""
@@ -27,7 +27,7 @@ class Evaluations:
             try:
                 with torch.enable_grad():
                     self.loss = self._closure()
-            except Exception as error:  # noqa: BLE001 - whatever a user's closure raises is told to the server
+            except BaseException as error:  # noqa: BLE001 - whatever ends it, a Ctrl-C too, is told to the server
                 self.error = error
                 return False
             if self._number < 0:

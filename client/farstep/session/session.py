@@ -183,10 +183,9 @@ class Session:
         try:
             result = self._after_step(self._contribute(message, body, handle), edits)
         except FarstepError:
-            if evaluations.error is not None:
-                self._pull()
-                raise evaluations.error from None
             self._restore_after_refusal()
+            if evaluations.error is not None:
+                raise evaluations.error from None
             raise
         return replace(result, loss=evaluations.same_as_first(result.loss))
 
@@ -271,14 +270,22 @@ class Session:
 
     def _evaluate(self, evaluations: Evaluations, number: int, sequence: int) -> tuple[pb.ClientFrame, BytesSource]:
         message = pb.Evaluation(epoch=self.link.standing.epoch, sequence=sequence, number=number)
-        if not evaluations.run(number):
+        body: BytesSource = EMPTY
+        if evaluations.run(number):
+            try:
+                body = self._put_result(message, evaluations.loss)
+            except Exception as error:  # noqa: BLE001 - like the closure's own: the server must not wait for it
+                evaluations.error = error
+        if evaluations.error is not None:
             message.error = repr(evaluations.error)
-            return pb.ClientFrame(evaluation=message), EMPTY
-        forms, body = self.binding.gradients()
-        loss = evaluations.loss
-        message.loss.CopyFrom(to_value(loss.detach() if isinstance(loss, Tensor) else loss, "the closure's loss"))
-        message.forms.extend(forms_to_proto(forms))
         return pb.ClientFrame(evaluation=message), body
+
+    def _put_result(self, message: pb.Evaluation, loss: object) -> BytesSource:
+        plain = to_value(loss.detach() if isinstance(loss, Tensor) else loss, "the closure's loss")
+        forms, body = self.binding.gradients()
+        message.loss.CopyFrom(plain)
+        message.forms.extend(forms_to_proto(forms))
+        return body
 
     def zero_grad(self) -> None:
         """Have the server drop what this worker has staged; no round trip where nothing can be."""

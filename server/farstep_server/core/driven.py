@@ -62,6 +62,11 @@ class DrivenStep:
         self._tickets[act.worker] = act.ticket
         return [] if act.worker in self._results else [(act.ticket, self._enquiry())]
 
+    def given_up_by(self, act: Act) -> bool:
+        """Whether a participant has gone on to its next act: it was interrupted, and answers no evaluation any more."""
+        own = self.contributions.get(act.worker)
+        return own is not None and act.sequence > own.sequence
+
     def refusals(self, error: FarstepError) -> Replies:
         """Refuse the step to all that wait for a reply; who evaluates now will learn of it by the reply to the result."""
         return [(ticket, Refusal(error)) for worker, ticket in self._tickets.items() if worker not in self._asked]

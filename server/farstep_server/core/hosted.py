@@ -228,7 +228,7 @@ class HostedOptimizer:
         if act.sequence <= record.settled_sequence:
             self._reply(act.ticket, self._recorded(record, act))
         elif self._driven is not None:
-            self._on_act_during_driven(self._driven, act)
+            self._on_act_during_driven(self._driven, act, now)
         elif self._is_current(act, record):
             self._hold(act, now)
 
@@ -447,10 +447,19 @@ class HostedOptimizer:
             )
         driven = DrivenStep(self.engine, acts, edits)
         driven.start()
-        self._driven = driven
+        self._driven, self._aborted = driven, None
         self._after_driven(driven)
 
-    def _on_act_during_driven(self, driven: DrivenStep, act: ev.Act) -> None:
+    def _on_act_during_driven(self, driven: DrivenStep, act: ev.Act, now: float) -> None:
+        if driven.given_up_by(act):
+            self._abort_driven(
+                ClosureError(
+                    f"worker {act.worker} gave the step up in the middle of an evaluation; it was rolled back",
+                    applied=Applied.NO,
+                )
+            )
+            self._on_act(act, now)
+            return
         answers = driven.asked_again(act)
         if answers is None:
             self._deferred.append(act)
@@ -476,7 +485,7 @@ class HostedOptimizer:
         except MismatchError as error:
             self._abort_driven(error)
         except FarstepError as error:
-            self._driven = None
+            self._driven, self._aborted = None, error
             self._replies += driven.refusals(error)
         except Exception as error:
             self._abort_driven(_defect(error))
