@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -10,31 +10,46 @@ from farstep import inspection
 from farstep.inspection import Description, SnapshotInfo
 from farstep.session.session import Session
 
+if TYPE_CHECKING:
+    from farstep.optim.proxy import RemoteOptimizer
+
 
 class RemoteHandle:
-    """A view of the hosted optimizer behind a proxy. Cheap to make; holds no state of its own."""
+    """A view of the hosted optimizer behind a proxy, which it keeps alive. Cheap to make; holds no state of its own.
 
-    def __init__(self, session: Session, groups: list[dict[str, Any]]) -> None:
-        self._session = session
-        self._groups = groups
+    What asks the server attaches again where ``close`` has left it.
+    """
+
+    def __init__(self, optimizer: RemoteOptimizer) -> None:
+        self._optimizer = optimizer
 
     def __repr__(self) -> str:
-        return f"<{self.name!r} at {self.address}, version {self.version}, worker {self.worker}>"
+        own = self._optimizer._farstep
+        standing = f"version {own.link.standing.version}" if own.attached else "not attached"
+        return f"<{self.name!r} at {self.address}, {standing}, worker {self.worker}>"
+
+    @property
+    def _session(self) -> Session:
+        return self._optimizer._farstep_session()
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return self._optimizer.param_groups
 
     @property
     def name(self) -> str:
         """The hosted optimizer's name on its server."""
-        return self._session.name
+        return self._optimizer._farstep.name
 
     @property
     def address(self) -> str:
         """The server's address."""
-        return str(self._session.address)
+        return str(self._optimizer._farstep.address)
 
     @property
     def worker(self) -> str:
         """This worker's id."""
-        return self._session.worker
+        return self._optimizer._farstep.worker
 
     @property
     def version(self) -> int:
@@ -102,5 +117,5 @@ class RemoteHandle:
             return server.save(self.name, tag)
 
     def close(self) -> None:
-        """Leave the hosted optimizer. The next use of the optimizer attaches again."""
-        self._session.close()
+        """Leave the hosted optimizer, where attached to it. The next use of the optimizer attaches again."""
+        self._optimizer._farstep.close()

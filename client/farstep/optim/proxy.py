@@ -61,7 +61,7 @@ class RemoteOptimizer(_Base):
     @property
     def remote(self) -> RemoteHandle:
         """The handle on the hosted optimizer: its version, parameters, state, description and checkpoints."""
-        return RemoteHandle(self._farstep_session(), self.param_groups)
+        return RemoteHandle(self)
 
     def _farstep_session(self) -> Session:
         session = self._farstep
