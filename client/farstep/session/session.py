@@ -338,10 +338,15 @@ class Session:
         return [(key, entries) for key, entries in pairs], state
 
     def is_current(self, state: Sequence[tuple[Any, Any]]) -> bool:
-        """Whether the state is what was fetched last, and nothing has happened since."""
+        """Whether this is the server's state already.
+
+        Workers load together and must come to one answer, also where one of them fetched the state and handed it to the
+        others: so whoever did not fetch it, or has stepped since, asks the server.
+        """
         fetched, standing = self.fetched, self.link.standing
         if fetched is None or (fetched.incarnation, fetched.version) != (standing.incarnation, standing.version):
-            return False
+            pairs, info = self.get_state()
+            fetched = self.fetched = FetchedState.of(pairs, info.incarnation, info.version)
         return state_digest(state) == fetched.digest
 
     def load_state(self, state: Sequence[tuple[Any, Any]], groups: Groups) -> None:
