@@ -78,7 +78,7 @@ def tensor_from_proto(message: pb.Tensor, where: str) -> Tensor:
     return spec.view(torch.frombuffer(bytearray(message.data), dtype=torch.uint8), 0)
 
 
-def to_value(obj: object, where: str, tensors: list[Tensor] | None = None) -> pb.Value:
+def to_value(obj: object, where: str, tensors: list[Tensor] | None = None, depth: int = 0) -> pb.Value:
     """Encode a value.
 
     Tensors go inline, or, where ``tensors`` is given, are appended to it and referred to. TypeError names ``where``.
@@ -99,10 +99,12 @@ def to_value(obj: object, where: str, tensors: list[Tensor] | None = None) -> pb
         return pb.Value(text=obj)
     if isinstance(obj, complex):
         return pb.Value(complex=pb.Complex(real=obj.real, imaginary=obj.imag))
+    if isinstance(obj, (Mapping, list, tuple)) and depth >= VALUE_DEPTH:
+        raise TypeError(f"{where} is nested more than {VALUE_DEPTH} deep")
     if isinstance(obj, Mapping):
-        return pb.Value(map=to_map(obj, where, tensors))
+        return pb.Value(map=to_map(obj, where, tensors, depth + 1))
     if isinstance(obj, (list, tuple)):
-        items = pb.ValueList(items=[to_value(item, f"{where}[{i}]", tensors) for i, item in enumerate(obj)])
+        items = pb.ValueList(items=[to_value(item, f"{where}[{i}]", tensors, depth + 1) for i, item in enumerate(obj)])
         return pb.Value(tuple=items) if isinstance(obj, tuple) else pb.Value(list=items)
     scalar = _plain_scalar(obj)
     if scalar is None:
@@ -136,11 +138,11 @@ def _plain_scalar(obj: object) -> object:
     return value if isinstance(value, (bool, int, float, complex, str)) else None
 
 
-def to_map(obj: Mapping[Any, object], where: str, tensors: list[Tensor] | None = None) -> pb.ValueMap:
+def to_map(obj: Mapping[Any, object], where: str, tensors: list[Tensor] | None = None, depth: int = 0) -> pb.ValueMap:
     """Encode a dict, in its own order."""
     return pb.ValueMap(
         entries=[
-            pb.ValueEntry(key=to_value(key, f"{where} key"), value=to_value(value, f"{where}[{key!r}]", tensors))
+            pb.ValueEntry(key=to_value(key, f"{where} key"), value=to_value(value, f"{where}[{key!r}]", tensors, depth))
             for key, value in obj.items()
         ]
     )
