@@ -24,7 +24,7 @@ from farstep_server.core.gradients import Gradients, materialize, reduce_gradien
 from farstep_server.core.identity import Identity
 from farstep_server.core.membership import Membership, Settled, WorkerRecord
 from farstep_server.core.options import GroupEdits, agreed_edits, frozen_options
-from farstep_server.core.rounds import Round, check_alike, weights
+from farstep_server.core.rounds import check_alike, rounds_for, weights
 from farstep_wire.errors import (
     Applied,
     ClosureError,
@@ -37,7 +37,6 @@ from farstep_wire.errors import (
     MismatchError,
     RollbackError,
 )
-from farstep_wire.policy import Async, Sync
 
 
 class HostedOptimizer:
@@ -50,14 +49,13 @@ class HostedOptimizer:
         self.incarnation = 1
         self._clock = clock
         self.members = Membership(identity.lease_seconds)
-        self._round = Round()
+        self._rounds = rounds_for(identity.policy)
         self.started = False
         self.decided = 0
         """Acts that were decided, by whatever outcome: what makes two dumps of one version differ."""
         self._driven: DrivenStep | None = None
         self._aborted: FarstepError | None = None
         self._deferred: list[ev.Act | ev.ReadParameters | ev.TakeDump] = []
-        self._blocked: list[ev.Contribution] = []
         self.stale = 0
         self.last_step_seconds = 0.0
         self._had_workers = False
@@ -87,9 +85,7 @@ class HostedOptimizer:
 
     def next_deadline(self) -> float | None:
         """Return when a Tick is due: a lease runs out, or a round's timeout passes."""
-        deadlines = [self.members.next_deadline()]
-        if isinstance(self.identity.policy, Sync):
-            deadlines.append(self._round.deadline(self.identity.policy))
+        deadlines = (self.members.next_deadline(), self._rounds.deadline())
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     @property
@@ -168,15 +164,15 @@ class HostedOptimizer:
         check_same(self.identity, self.engine, event)
         if event.lineage:
             check_reconnect(self.identity, self.members, event)
-        previous = self._withdraw(event.worker)
+        previous = self._rounds.drop(event.worker)
         record, resumed = self.members.join(event.worker, event.instance, now)
         if previous is not None and not resumed:
             self._fence(previous.ticket, event.worker)
         elif previous is not None:
-            self._hold(previous, now)
+            self._rounds.put(previous, now)
         if not resumed:
             record.version = self.version
-            record.first_round = self.version + 1 if self.started and len(self._round) else self.version
+            record.first_round = self.version + 1 if self.started and self._rounds.gathering else self.version
             self._leave_driven_step(event.worker)
         self._had_workers = True
         options = frozen_options(self.engine.optimizer) if self.version or event.lineage else []
@@ -206,7 +202,7 @@ class HostedOptimizer:
             self._forget(worker)
 
     def _forget(self, worker: str) -> None:
-        act = self._withdraw(worker)
+        act = self._rounds.drop(worker)
         if act is not None:
             error = LeaseError(
                 f"worker {worker} is no member any more; its contribution was dropped", applied=Applied.NO
@@ -230,7 +226,7 @@ class HostedOptimizer:
         elif self._driven is not None:
             self._on_act_during_driven(self._driven, act, now)
         elif self._is_current(act, record):
-            self._hold(act, now)
+            self._rounds.put(act, now)
 
     def _recorded(self, record: WorkerRecord, act: ev.Act) -> ev.Reply:
         if not isinstance(act, ev.Contribution):
@@ -256,7 +252,7 @@ class HostedOptimizer:
                 f"{self.identity.name!r} is at version {self.version}; worker {act.worker} holds version {act.version}",
                 applied=Applied.NO,
             )
-        if act.version < self.version and isinstance(self.identity.policy, Sync):
+        if act.version < self.version and self._rounds.refuses_older:
             record.stale += 1
             self.stale += 1
             self._not_used(act, record, ev.Outcome.STALE)
@@ -276,13 +272,12 @@ class HostedOptimizer:
 
     def _on_zero_grad(self, event: ev.ZeroGrad, now: float) -> None:
         self.members.check(event.worker, event.epoch, now)
-        self._withdraw(event.worker)
+        self._rounds.drop(event.worker)
         self._reply(event.ticket, self._done())
 
     # Rounds.
 
     def _advance(self, now: float) -> None:
-        policy = self.identity.policy
         while True:
             if self._driven is not None:
                 if not self._driven.complete:
@@ -290,11 +285,8 @@ class HostedOptimizer:
                 self._advance_driven(self._driven)
             elif self._deferred:
                 self._resume_deferred(now)
-            elif not isinstance(policy, Sync):
-                if not self._unblock():
-                    return
-            elif len(self._round) and self._round.ready(policy, self.members.live(), self.version, self.started, now):
-                self._commit(self._round.take())
+            elif acts := self._rounds.take_ready(self.members, self.version, started=self.started, now=now):
+                self._commit(acts)
             else:
                 return
 
@@ -309,38 +301,6 @@ class HostedOptimizer:
                     self._dispatch(event, now)
             except FarstepError as error:
                 self._reply(event.ticket, ev.Refusal(error))
-
-    def _hold(self, act: ev.Act, now: float) -> None:
-        if isinstance(self.identity.policy, Sync):
-            self._round.put(act, now)
-        elif isinstance(act, ev.Contribution):
-            self._withdraw(act.worker)  # a retry takes the place of what it repeats
-            self._blocked.append(act)
-        else:
-            self._commit([act])
-
-    def _withdraw(self, worker: str) -> ev.Act | None:
-        """Forget what a worker has handed in and is not decided yet; return it."""
-        for number, act in enumerate(self._blocked):
-            if act.worker == worker:
-                return self._blocked.pop(number)
-        return self._round.drop(worker)
-
-    def _unblock(self) -> bool:
-        """Commit the first contribution under Async whose worker is not too far ahead."""
-        for act in self._blocked:
-            if not self._too_far_ahead(act.worker):
-                self._blocked.remove(act)
-                self._commit([act])
-                return True
-        return False
-
-    def _too_far_ahead(self, worker: str) -> bool:
-        limit = self.identity.policy.max_staleness if isinstance(self.identity.policy, Async) else None
-        if limit is None:
-            return False
-        steps = {record.worker: record.steps for record in self.members.live()}
-        return steps.get(worker, 0) - min(steps.values(), default=0) > limit
 
     def _commit(self, acts: Sequence[ev.Act]) -> None:
         try:
@@ -510,7 +470,7 @@ class HostedOptimizer:
     # Whole-state acts.
 
     def _waiting(self) -> set[str]:
-        return {act.worker for act in (*self._round.acts(), *self._blocked)}
+        return {act.worker for act in self._rounds.acts()}
 
     def resume_from(self, dump: ev.Dump, now: float) -> None:
         """Take over a dump after a restart: the same lineage and incarnation go on."""
@@ -527,7 +487,7 @@ class HostedOptimizer:
         self._abort_driven(ClosureError("the hosted optimizer was rolled back", applied=Applied.NO))
         self._take_over(event.dump)
         self.incarnation += 1
-        for act in (*self._round.take(), *self._blocked):
+        for act in self._rounds.take_all():
             if isinstance(act, ev.Contribution):
                 record = self._record(act)
                 record.settled = Settled(ev.Outcome.ROLLED_BACK, self.version)
@@ -535,7 +495,6 @@ class HostedOptimizer:
             else:
                 error = RollbackError("the hosted optimizer was rolled back", applied=Applied.NO)
                 self._reply(act.ticket, ev.Refusal(error))
-        self._blocked.clear()
         self._reply(event.ticket, self._done())
 
     def _take_over(self, dump: ev.Dump) -> None:
@@ -545,9 +504,8 @@ class HostedOptimizer:
 
     def _refuse_all(self, error: FarstepError) -> None:
         self._abort_driven(error)
-        for waiting in (*self._round.take(), *self._blocked, *self._deferred):
+        for waiting in (*self._rounds.take_all(), *self._deferred):
             self._reply(waiting.ticket, ev.Refusal(error))
-        self._blocked.clear()
         self._deferred.clear()
 
 

@@ -7,27 +7,24 @@ ready ──(acts of different kinds, options that disagree, a step that raises)
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from datetime import timedelta
 
 from farstep_server.core.events import Act, Contribution
-from farstep_server.core.membership import WorkerRecord
+from farstep_server.core.membership import Membership, WorkerRecord
 from farstep_wire.errors import Applied, MismatchError
-from farstep_wire.policy import Sync, worker_order
+from farstep_wire.policy import Async, Policy, Sync, worker_order
 
 
-class Round:
-    """The acts that have come in."""
+class Rounds(ABC):
+    """The acts that have come in and wait, and the policy's word on which of them may commit."""
+
+    refuses_older: bool
+    """Whether a contribution that was taken at an older version is refused."""
 
     def __init__(self) -> None:
         self._acts: dict[str, Act] = {}
-        self._opened_at = 0.0
-
-    def __contains__(self, worker: str) -> bool:
-        return worker in self._acts
-
-    def __len__(self) -> int:
-        return len(self._acts)
 
     def acts(self) -> list[Act]:
         """Return the acts in worker order."""
@@ -35,37 +32,109 @@ class Round:
 
     def put(self, act: Act, now: float) -> None:
         """Take an act; one that the worker had handed in before is replaced."""
-        if not self._acts:
-            self._opened_at = now
+        del now
+        self._acts.pop(act.worker, None)
         self._acts[act.worker] = act
 
     def drop(self, worker: str) -> Act | None:
         """Forget a worker's act; return it."""
         return self._acts.pop(worker, None)
 
-    def take(self) -> list[Act]:
+    def take_all(self) -> list[Act]:
         """Return the acts in worker order and forget them."""
         acts = self.acts()
         self._acts.clear()
         return acts
 
-    def ready(self, policy: Sync, live: Sequence[WorkerRecord], version: int, started: bool, now: float) -> bool:
-        """Whether the round may commit. Before the first commit as many workers must be live as the policy says."""
-        if not self._acts or (not started and len(live) < policy.workers):
+    @abstractmethod
+    def take_ready(self, members: Membership, version: int, *, started: bool, now: float) -> list[Act]:
+        """Return the acts that make up the next commit, in worker order, and forget them; none where it is not due.
+
+        ``started``: whether anything was committed yet.
+        """
+
+    @property
+    def gathering(self) -> bool:
+        """Whether a round is under way, so that a worker who joins now is expected in the next one only."""
+        return False
+
+    def deadline(self) -> float | None:
+        """Return when a commit may become due by the passing of time."""
+        return None
+
+
+class SyncRounds(Rounds):
+    """One commit of all that live workers hand in. Before the first as many must be live as the policy says."""
+
+    refuses_older = True
+
+    def __init__(self, policy: Sync) -> None:
+        super().__init__()
+        self._policy = policy
+        self._opened_at = 0.0
+
+    def put(self, act: Act, now: float) -> None:
+        """Take an act; the first one opens the round."""
+        if not self._acts:
+            self._opened_at = now
+        super().put(act, now)
+
+    @property
+    def gathering(self) -> bool:
+        """Whether an act has come in."""
+        return bool(self._acts)
+
+    def take_ready(self, members: Membership, version: int, *, started: bool, now: float) -> list[Act]:
+        """Return the acts of all live workers, or of enough once the timeout has passed."""
+        if not self._acts:
+            return []
+        return self.take_all() if self._ready(members.live(), version, started=started, now=now) else []
+
+    def _ready(self, live: Sequence[WorkerRecord], version: int, *, started: bool, now: float) -> bool:
+        if not started and len(live) < self._policy.workers:
             return False
         if all(record.worker in self._acts or record.first_round > version for record in live):
             return True
-        deadline = self.deadline(policy)
+        deadline = self.deadline()
         if not started or deadline is None or now < deadline:
             return False
         contributions = sum(isinstance(act, Contribution) and not act.abstain for act in self._acts.values())
-        return contributions >= (policy.min_workers or len(live))
+        return contributions >= (self._policy.min_workers or len(live))
 
-    def deadline(self, policy: Sync) -> float | None:
+    def deadline(self) -> float | None:
         """Return when the round may commit without the rest."""
-        if not self._acts or not isinstance(policy.timeout, timedelta):
+        if not self._acts or not isinstance(self._policy.timeout, timedelta):
             return None
-        return self._opened_at + policy.timeout.total_seconds()
+        return self._opened_at + self._policy.timeout.total_seconds()
+
+
+class AsyncRounds(Rounds):
+    """Every act is a commit of its own, in the order of arrival, but for workers that are too far ahead."""
+
+    refuses_older = False
+
+    def __init__(self, policy: Async) -> None:
+        super().__init__()
+        self._limit = policy.max_staleness
+
+    def take_ready(self, members: Membership, version: int, *, started: bool, now: float) -> list[Act]:
+        """Return the first act whose worker is not more steps ahead of the slowest live one than the policy allows."""
+        for worker, act in self._acts.items():
+            if not isinstance(act, Contribution) or not self._too_far_ahead(worker, members):
+                del self._acts[worker]
+                return [act]
+        return []
+
+    def _too_far_ahead(self, worker: str, members: Membership) -> bool:
+        if self._limit is None:
+            return False
+        steps = {record.worker: record.steps for record in members.live()}
+        return steps.get(worker, 0) - min(steps.values(), default=0) > self._limit
+
+
+def rounds_for(policy: Policy) -> Rounds:
+    """Return the rounds of a policy."""
+    return AsyncRounds(policy) if isinstance(policy, Async) else SyncRounds(policy)
 
 
 def check_alike(acts: Sequence[Act]) -> None:
