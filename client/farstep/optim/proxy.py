@@ -176,8 +176,8 @@ class RemoteOptimizer(_Base):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the server's state and options from a state dict of this class, torch's or farstep's.
 
-        A state dict that this object returned, with no step since and unchanged, changes nothing on the server. Under Sync
-        loading is one act of all workers.
+        A state dict that was fetched at the version that this worker holds, unchanged, changes nothing on the server. Under
+        Sync loading is one act of all workers.
         """
         session = self._farstep_session()
         local = dict(self.state)
@@ -194,7 +194,7 @@ class RemoteOptimizer(_Base):
             for key, entries in self.state.items()
         ]
         self.state.clear()
-        if session.is_current(pairs):
+        if session.is_current(pairs, state_dict.get(STATE_DICT_KEY)):
             self.state.update(local)
         else:
             _as_torch_raises(lambda: session.load_state(pairs, self.param_groups))
