@@ -10,10 +10,15 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.support.leaks import Holdings, left_behind
 from tests.support.servers import ServerProcess, Servers
+
+# The same examples in every run; a slow machine is no failure; nothing is written beside the tests.
+hypothesis.settings.register_profile("farstep", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("farstep")
 
 _numbers = itertools.count()
 _scopes: list[Servers] = []

@@ -103,8 +103,12 @@ class Remote:
             )
         if self.name is not None:
             check_name(self.name)
-        if self.worker is not None and not 0 < len(str(self.worker).encode()) <= WORKER_BYTES:
-            raise ConfigurationError(f"remote: worker {self.worker!r} must be 1 to {WORKER_BYTES} bytes long")
+        if self.worker is not None:
+            text = str(self.worker)
+            if not text.isprintable() or not 0 < len(text.encode()) <= WORKER_BYTES:
+                raise ConfigurationError(
+                    f"remote: worker {self.worker!r} must be 1 to {WORKER_BYTES} bytes of printable text"
+                )
         if self.address is not None:
             self.parsed()
 

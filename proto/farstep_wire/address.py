@@ -75,7 +75,7 @@ def _unix(text: str) -> Address:
 
 def check_name(name: str) -> str:
     """Return a hosted optimizer's name if it can be one; ConfigurationError quotes it."""
-    if not name or len(name.encode()) > NAME_BYTES or not name.isprintable() or name != name.strip():
+    if not name or not name.isprintable() or len(name.encode()) > NAME_BYTES or name != name.strip():
         raise ConfigurationError(
             f"name {name!r} must be 1 to {NAME_BYTES} bytes of printable text without outer spaces"
         )

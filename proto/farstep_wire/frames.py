@@ -117,7 +117,7 @@ def decode(kind: type[Frame], data: bytes) -> tuple[Frame, memoryview]:
 
 
 def split(data: bytes) -> tuple[bytes | None, memoryview]:
-    """Split a frame into header and payload; the header is None where the payload is not its last field."""
+    """Split a frame into header and payload; the header is None where protobuf's own reader must read the whole."""
     position = 0
     end = len(data)
     while position < end:
@@ -128,11 +128,14 @@ def split(data: bytes) -> tuple[bytes | None, memoryview]:
             if tag & 7 != 2 or position + size != end:
                 return None, memoryview(b"")
             return data[:start], memoryview(data)[position:]
-        position = _skip(data, position, tag & 7)
+        skipped = _skip(data, position, tag & 7)
+        if skipped is None:
+            return None, memoryview(b"")
+        position = skipped
     return data, memoryview(b"")
 
 
-def _skip(data: bytes, position: int, wire_type: int) -> int:
+def _skip(data: bytes, position: int, wire_type: int) -> int | None:
     if wire_type == 0:
         return _read_varint(data, position)[1]
     if wire_type == 2:
@@ -140,7 +143,7 @@ def _skip(data: bytes, position: int, wire_type: int) -> int:
         return position + size
     if wire_type in (1, 5):
         return position + (8 if wire_type == 1 else 4)
-    raise DecodeError(f"wire type {wire_type}")
+    return None  # a group, or none of protobuf's types
 
 
 def _read_varint(data: bytes, position: int) -> tuple[int, int]:

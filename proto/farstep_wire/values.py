@@ -96,7 +96,10 @@ def to_value(obj: object, where: str, tensors: list[Tensor] | None = None, depth
             raise TypeError(f"{where} = {obj} does not fit 64 bits")
         return pb.Value(integer=obj)
     if isinstance(obj, str):
-        return pb.Value(text=obj)
+        try:
+            return pb.Value(text=obj)
+        except UnicodeEncodeError:
+            raise TypeError(f"{where} = {obj!r} is text that UTF-8 has no bytes for") from None
     if isinstance(obj, complex):
         return pb.Value(complex=pb.Complex(real=obj.real, imaginary=obj.imag))
     if isinstance(obj, (Mapping, list, tuple)) and depth >= VALUE_DEPTH:
@@ -181,6 +184,8 @@ def _sparse_from_proto(message: pb.Sparse, where: str, tensors: Sequence[Tensor]
     values = from_value(message.values, where, tensors, depth + 1)
     if not (isinstance(indices, Tensor) and isinstance(values, Tensor)):
         raise ValueError(f"{where}: a sparse tensor's indices and values must be tensors")
+    if indices.dtype != torch.int64:
+        raise ValueError(f"{where}: a sparse tensor's indices must be int64, not {indices.dtype}")
     try:
         return torch.sparse_coo_tensor(
             indices, values, tuple(message.shape), is_coalesced=message.coalesced, check_invariants=True

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from farstep import Sync, Timeouts
+from farstep import Remote, Sync, Timeouts
 from farstep_wire.errors import Applied, ConfigurationError, DeadlineError, UnavailableError
 from tests.faults.models import (
     await_standing,
@@ -214,3 +214,15 @@ def test_an_address_that_is_none(address: str, part: str) -> None:
         remote_optimizer(parameters(), address, "x")
     assert part in str(raised.value)
     assert address[:20] in str(raised.value)
+
+
+@pytest.mark.parametrize("value", ["", " x", "a\nb", "n" * 256, "\ud800"], ids=ascii)
+def test_a_name_that_is_none(value: str) -> None:
+    with pytest.raises(ConfigurationError, match="1 to 255 bytes of printable text"):
+        Remote("127.0.0.1:1", name=value)
+
+
+@pytest.mark.parametrize("value", ["", "a\tb", "w" * 65, "\ud800"], ids=ascii)
+def test_a_worker_that_is_none(value: str) -> None:
+    with pytest.raises(ConfigurationError, match="1 to 64 bytes of printable text"):
+        Remote("127.0.0.1:1", worker=value)

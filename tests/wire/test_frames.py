@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +16,15 @@ from farstep_wire.frames import Body, BufferSink, Incoming, NullSink, ScatterSin
 from farstep_wire.limits import CHUNK_BYTES, HEADER_BYTES, MESSAGE_BYTES
 from farstep_wire.v1 import common_pb2 as cpb
 from farstep_wire.v1 import optimizer_pb2 as pb
+
+
+@pytest.fixture(params=[-1, 32 * 1024], ids=["view", "copy"], scope="module", autouse=True)
+def _copied_bytes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Read small frames by both ways: that of large frames, and their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frames, "_COPIED_BYTES", request.param)
+        yield
+
 
 # Written down once; a change of any byte breaks clients and servers of other releases.
 GOLDEN: list[tuple[pb.ClientFrame | pb.ServerFrame, bytes, list[str]]] = [

@@ -137,6 +137,8 @@ def test_numpys_scalars_travel_as_pythons() -> None:
         ({1, 2}, ("x is a set",)),
         ({"a": torch.zeros(65537, dtype=torch.uint8)}, ("x['a']", "65537 bytes", "at most 65536")),
         (np.zeros(3), ("x is a ndarray",)),
+        ({"name": ["\ud800"]}, (r"x['name'][0] = '\ud800' is text that UTF-8 has no bytes for",)),
+        ({"\udfff": 1}, (r"x key = '\udfff'",)),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, tuple) else "",
 )
@@ -239,6 +241,14 @@ MALFORMED = {
         "must be tensors",
     ),
     "sparse of nothing": (pb.Value(sparse=pb.Sparse()), "x is an empty value"),
+    "sparse with real indices": (
+        pb.Value(
+            sparse=pb.Sparse(
+                indices=to_value(torch.tensor([[1.0]]), "i"), values=to_value(torch.tensor([1.0]), "v"), shape=[4]
+            )
+        ),
+        "x: .* indices must be int64, not torch.float32",
+    ),
     "huge and empty": (
         pb.Value(tensor=pb.Tensor(spec=pb.TensorSpec(dtype="int8", shape=[0, 2**63]))),
         "too large",

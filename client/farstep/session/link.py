@@ -69,6 +69,7 @@ class Link:
     ) -> None:
         self.address = address
         self.standing = Standing()
+        self.sent = False
         self._remote = remote
         self._describe_attach = describe_attach
         self._transport: Transport | None = None

@@ -103,6 +103,11 @@ class Session:
             attached.version, attached.device,
         )  # fmt: skip
 
+    def ensure(self, groups: Groups) -> None:
+        """Attach where that has not been done: after a copy or an unpickling."""
+        if self._link is None:
+            self.attach(groups)
+
     def _bind(self, groups: Groups) -> None:
         self._groups = groups
         tensors = [tensor for group in groups for tensor in group["params"]]
