@@ -105,7 +105,7 @@ class App:
         """Restore what was hosted before, listen and serve; return the addresses, with the ports that were chosen."""
         if self.snapshots is not None:
             # Before anyone can connect: a client that comes back must find what it left.
-            self.snapshots.restore_all()
+            self._restore(self.snapshots)
         addresses = [self._listen(address) for address in self._config.listen]
         self._server.start()
         self._health.set("", health_pb2.HealthCheckResponse.SERVING)
@@ -114,6 +114,12 @@ class App:
         for address in addresses:
             log_event(_LOGGER, logging.INFO, "serving", address=address, device=self._device, torch=torch.__version__)
         return addresses
+
+    def _restore(self, snapshots: Snapshotter) -> None:
+        try:
+            snapshots.restore_all()
+        except StorageError as error:
+            raise OSError(str(error)) from error
 
     def _listen(self, address: str) -> str:
         try:
