@@ -65,6 +65,8 @@ class App:
         self.directory = Directory(registry, self._device, config.lease.total_seconds(), limit)
         self.snapshots = self._snapshotter()
         self._health = health.HealthServicer()
+        self._threads = config.max_sessions + _UNARY_THREADS
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="farstep-rpc")
         self._server = self._grpc_server()
 
     def _snapshotter(self) -> Snapshotter | None:
@@ -87,10 +89,8 @@ class App:
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ]
-        threads = self._config.max_sessions + _UNARY_THREADS
-        pool = ThreadPoolExecutor(threads, thread_name_prefix="farstep-rpc")
         server = grpc.server(
-            pool, interceptors=[FailureInterceptor()], options=options, maximum_concurrent_rpcs=threads
+            self._pool, interceptors=[FailureInterceptor()], options=options, maximum_concurrent_rpcs=self._threads
         )
         server.add_generic_rpc_handlers((OptimizerService(self.directory).handler(),))
         add_inspection(InspectionService(self.directory, self.snapshots), server)
@@ -148,6 +148,7 @@ class App:
         else:
             saved = self.snapshots.suspend_all(error)
         self._server.stop(_STOP_SECONDS).wait()
+        self._pool.shutdown(wait=False)
         if self.snapshots is not None:
             self.snapshots.close()
         log_event(_LOGGER, logging.INFO, "stopped")

@@ -1,12 +1,8 @@
-"""What the server's tests run: a server in this process, one in a process of its own, and hosted optimizers without either."""
+"""What the server's tests run: a server in this process, and hosted optimizers without one."""
 
 from __future__ import annotations
 
-import os
 import queue
-import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -122,33 +118,6 @@ def serving(monkeypatch: Any, *, durable: bool = True, **options: Any) -> Iterat
             server.channel.close()
             if not server.app.directory.draining:
                 server.drain()
-
-
-class ServerProcess:
-    """A server process on a unix socket."""
-
-    def __init__(self, address: str, *arguments: str) -> None:
-        self.address = address
-        read_end, write_end = os.pipe()
-        command = [sys.executable, "-m", "farstep_server", "--listen", address, "--ready-fd", str(write_end)]
-        self._process = subprocess.Popen(
-            [*command, *arguments], pass_fds=(write_end,), stderr=subprocess.PIPE, text=True
-        )
-        os.close(write_end)
-        with os.fdopen(read_end) as ready:
-            self.ready = bool(ready.readline())
-        self.pid = self._process.pid
-        self.log = ""
-
-    def end(self, signum: int = signal.SIGTERM) -> tuple[int, str]:
-        """Send a signal; return the exit code and what was logged."""
-        self._process.send_signal(signum)
-        return self.wait()
-
-    def wait(self) -> tuple[int, str]:
-        """Wait for its end."""
-        self.log += self._process.communicate(timeout=WAIT_SECONDS)[1]
-        return self._process.returncode, self.log
 
 
 # Without a server.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +18,8 @@ from torch.optim.lr_scheduler import StepLR
 from farstep import Remote, Sync, Timeouts, optim
 from farstep_server.store import SnapshotStore
 from farstep_wire.errors import FarstepError, RollbackError
-from tests.server.harness import WAIT_SECONDS, Server, ServerProcess, serving
+from tests.server.harness import WAIT_SECONDS, Server, serving
+from tests.support.servers import ServerProcess, Servers
 
 STEPS = 12
 RESTARTS = {3, 7}
@@ -102,32 +101,35 @@ def test_a_restart_changes_no_bit(server: Server, name: str) -> None:
 
 
 def test_two_workers_train_through_a_restart(server: Server) -> None:
-    finals: list[list[list[Tensor]]] = []
-    for name, disturbed in (("calm", False), ("disturbed", True)):
-        # Both workers are in the middle of it; which part of a step the restart hits is up to the scheduler.
-        reached = threading.Barrier(3) if disturbed else None
+    calm = train_in_twos(server, "calm", lambda: None)
+    # Both workers are in the middle of it; which part of a step the restart hits is up to the scheduler.
+    disturbed = train_in_twos(server, "disturbed", server.restart)
+    for one, other in zip(calm, disturbed, strict=True):
+        assert_same_parameters(one, other)
+    assert_same_parameters(*disturbed)
 
-        def work(rank: int, name: str = name, reached: threading.Barrier | None = reached) -> list[Tensor]:
-            net = model()
-            place: Remote = replace(server.remote(name), policy=Sync(workers=2), worker=rank)
-            remote = optim.AdamW(net.parameters(), lr=0.01, remote=place)
 
-            def before(number: int) -> None:
-                if reached is not None and number == 3:
-                    reached.wait(WAIT_SECONDS)
+def train_in_twos(server: Server, name: str, disturb: Callable[[], None]) -> list[nn.Module]:
+    nets, reached = [model(), model()], threading.Barrier(3)
 
-            train_plain(net, remote, batches(rank), before)
-            remote.remote.close()
-            return [parameter.detach().clone() for parameter in net.parameters()]
+    def work(rank: int) -> None:
+        place = replace(server.remote(name), policy=Sync(workers=2), worker=rank)
+        remote = optim.AdamW(nets[rank].parameters(), lr=0.01, remote=place)
 
-        with ThreadPoolExecutor(2) as pool:
-            running = [pool.submit(work, rank) for rank in (0, 1)]
-            if reached is not None:
+        def before(number: int) -> None:
+            if number == 3:
                 reached.wait(WAIT_SECONDS)
-                server.restart()
-            finals.append([future.result(WAIT_SECONDS) for future in running])
-    for calm, disturbed_ in zip(finals[0], finals[1], strict=True):
-        assert all(torch.equal(one, other) for one, other in zip(calm, disturbed_, strict=True))
+
+        train_plain(nets[rank], remote, batches(rank), before)
+        remote.remote.close()
+
+    with ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(work, rank) for rank in (0, 1)]
+        reached.wait(WAIT_SECONDS)
+        disturb()
+        for future in running:
+            future.result(WAIT_SECONDS)
+    return nets
 
 
 def train_plain(
@@ -179,67 +181,60 @@ def test_a_running_client_goes_on_from_a_rollback(server: Server) -> None:
 # Processes.
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A folder whose path is short enough for a unix socket."""
-    with tempfile.TemporaryDirectory(prefix="farstep-") as text:
-        yield Path(text)
-
-
-def test_sigterm_in_the_middle_of_training(folder: Path) -> None:
+def test_sigterm_in_the_middle_of_training(servers: Servers, tmp_path: Path) -> None:
     here, there = model(), model()
     train(here, torch.optim.AdamW(here.parameters(), lr=0.01), batches(), lambda _: None)
-    address, data = f"unix:{folder}/s", str(folder / "data")
-    first = ServerProcess(address, "--data-dir", data)
-    remote = optim.AdamW(there.parameters(), lr=0.01, remote=Remote(address, name="net"))
-    servers = [first]
+    server = servers("--data-dir", str(tmp_path))
+    remote = optim.AdamW(there.parameters(), lr=0.01, remote=Remote(server.address, name="net"))
 
     def restart(number: int) -> None:
         if number == 5:
-            code, log = servers[-1].end(signal.SIGTERM)
-            assert (code, "snapshot name=net version=5" in log) == (0, True), log
-            servers.append(ServerProcess(address, "--data-dir", data))
+            assert server.terminate() == 0
+            assert "snapshot name=net version=5" in server.said()
+            server.start()
 
     train(there, remote, batches(), restart)
     remote.remote.close()
-    assert servers[-1].end()[0] == 0
+    assert server.terminate() == 0
     assert_same_parameters(here, there)
 
 
-def test_a_data_directory_in_use_is_refused_with_its_holder(folder: Path) -> None:
-    data = str(folder / "data")
-    first = ServerProcess(f"unix:{folder}/a", "--data-dir", data)
-    second = ServerProcess(f"unix:{folder}/b", "--data-dir", data)
-    assert not second.ready
-    code, log = second.wait()
-    assert code == 3
-    assert f"in use by process {first.pid}" in log
-    assert "Traceback" not in log
-    assert first.end()[0] == 0
+def test_a_data_directory_in_use_is_refused_with_its_holder(servers: Servers, tmp_path: Path) -> None:
+    first = servers("--data-dir", str(tmp_path))
+    second = servers("--data-dir", str(tmp_path), start=False).launch()
+    assert second.join() == 3
+    assert f"in use by process {first.pid}" in second.said()
 
 
 @pytest.mark.soak
-def test_a_kill_while_snapshots_are_written_costs_no_complete_one(folder: Path) -> None:
-    address, data = f"unix:{folder}/s", folder / "data"
+def test_a_kill_while_snapshots_are_written_costs_no_complete_one(servers: Servers, tmp_path: Path) -> None:
+    server = servers("--data-dir", str(tmp_path), "--snapshot-interval", "1ms", "--log-level", "warning")
     net = nn.Linear(400, 400)
-    saved = 0
+    known = 0
     for _ in range(KILLS):
-        process = ServerProcess(address, "--data-dir", str(data), "--snapshot-interval", "1ms")
-        place = Remote(address, name="net", timeouts=Timeouts(step=5, reconnect=1))
+        place = Remote(server.address, name="net", timeouts=Timeouts(step=1, reconnect=0.2))
         remote = optim.SGD(net.parameters(), lr=0.1, remote=place)
-        # What came back is what was on disk, and no older than what was known to be complete when it was killed.
-        assert remote.remote.version >= saved
-        killed = threading.Timer(0.05, process.end, [signal.SIGKILL])
-        for number in range(1000):
-            net(torch.ones(1, 400)).sum().backward()
-            if number == 3:
-                saved = remote.remote.checkpoint().version
-                killed.start()
-            try:
-                remote.step()
-            except FarstepError:
-                break
-        killed.join()
-    store = SnapshotStore(data)
-    assert store.load("net").info.version >= saved
+        # What came back is what was on disk, and nothing older than what was known to be there.
+        assert remote.remote.version >= known
+        known = train_until_killed(server, net, remote)
+        remote.remote.close()
+        server.start()
+    server.terminate()
+    store = SnapshotStore(tmp_path)
+    assert store.load("net").info.version >= known
     store.close()
+
+
+def train_until_killed(server: ServerProcess, net: nn.Module, remote: Any) -> int:
+    """Step while the server writes one snapshot after another, and kill it; return a version that was known to be saved."""
+    known, killer = 0, threading.Timer(0.05, server.kill)
+    net(torch.ones(1, 400)).sum().backward()
+    while True:
+        try:
+            remote.step()
+            if not known:
+                known = remote.remote.checkpoint().version
+                killer.start()
+        except FarstepError:
+            killer.join()
+            return known
