@@ -194,6 +194,32 @@ def test_nothing_is_acknowledged_behind_the_last_dump(boot: Boot) -> None:
         assert dump.members[0].settled == dump.version
 
 
+def test_what_arrives_right_behind_a_stop_is_refused(boot: Boot) -> None:
+    owner = host(boot().directory)
+    join(owner)
+    answer, late = Inbox(), Inbox()
+    plain, came = owner._turn, threading.Event()
+
+    class Turn:
+        """The owner's lock; the moment it is let go after the Stop, someone comes along."""
+
+        def __enter__(self) -> None:
+            plain.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            plain.release()
+            if not answer.empty and not came.is_set():
+                came.set()
+                owner.post(contribution(owner, late, 1))
+
+        acquire, release = plain.acquire, plain.release
+
+    owner._turn = Turn()  # type: ignore[assignment]
+    owner.post(ev.Stop(answer, DRAINING, dump=True))
+    assert isinstance(late.take(), ev.Refusal)
+    assert owner.hosted.version == 0
+
+
 def test_what_changes_without_a_step_is_saved_too(boot: Boot) -> None:
     machine = boot()
     owner = host(machine.directory)
