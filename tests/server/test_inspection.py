@@ -32,7 +32,18 @@ from farstep_wire.limits import MESSAGE_BYTES, PROTOCOL
 from farstep_wire.policy import Sync
 from farstep_wire.v1 import checkpoint_pb2 as cpb
 from farstep_wire.v1 import inspection_pb2 as pb
-from tests.server.harness import WAIT_SECONDS, Server, blueprint, host, join, serving, status_and_error, step
+from tests.server.harness import (
+    WAIT_SECONDS,
+    Inbox,
+    Server,
+    blueprint,
+    contribution,
+    host,
+    join,
+    serving,
+    status_and_error,
+    step,
+)
 
 BAD_NAMES = ["", " padded", "a" * 256, "line\nbreak"]
 
@@ -135,17 +146,15 @@ def test_standings_and_what_has_no_norm(server: Server) -> None:
     owner = host(directory(server), blueprint(policy=Sync(2)))
     join(owner)
     join(owner, "1")
-    waiting = threading.Thread(target=step, args=(owner, 1))
-    with owner.changed:
-        waiting.start()
-        assert owner.changed.wait_for(lambda: len(owner.hosted._round), WAIT_SECONDS)
+    waiting = Inbox()
+    owner.post(contribution(owner, waiting, 1))
     description = server.inspection.Describe(pb.DescribeRequest(name="net", parameters=True))
     standings = [(worker.id, worker.standing) for worker in description.workers]
     assert standings == [("0", pb.Worker.STANDING_WAITING), ("1", pb.Worker.STANDING_COMPUTING)]
     assert not description.parameters[0].HasField("gradient_norm")
     assert list(description.parameters[0].state) == []
     step(owner, 1, worker="1", abstain=True)
-    waiting.join(WAIT_SECONDS)
+    assert isinstance(waiting.take(), ev.StepReply)
     after = server.inspection.Describe(pb.DescribeRequest(name="net", parameters=True))
     assert [(worker.contributions, worker.abstentions) for worker in after.workers] == [(1, 0), (0, 1)]
     assert after.parameters[0].gradient_norm == pytest.approx(2**0.5)
