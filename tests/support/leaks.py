@@ -14,7 +14,7 @@ GRACE_SECONDS = 5.0
 _PAUSE_SECONDS = 0.02
 
 # Threads that a library keeps for the life of the process.
-_LASTING_THREADS = ("tqdm_monitor", "pytest_timeout", "Tqdm", "IPythonHistory", "ThreadPoolExecutor-torch")
+_LASTING_THREADS = ("tqdm_monitor",)
 # gRPC's and torch's own wake-up and event descriptors, devices, and what the kernel offers to read.
 _LASTING_FILES = ("anon_inode:", "/dev/", "/proc/", "/sys/")
 _SHARED_MEMORY = ("farstep", "psm_", f"torch_{os.getpid()}_")
