@@ -88,6 +88,8 @@ class RemoteOptimizer(_Base):
             with torch.enable_grad():
                 loss = closure()
         abstain = self._farstep_found_inf() if "found_inf" in self.__dict__ else False
+        if not abstain:
+            self._farstep_reset_state(session)
         result = _as_torch_raises(lambda: session.step(self.param_groups, num_samples=num_samples, abstain=abstain))
         self._farstep_count(result)
         return loss
@@ -98,6 +100,7 @@ class RemoteOptimizer(_Base):
         if closure is None:
             name = type(self).__name__
             raise TypeError(f"{name}.step() missing 1 required positional argument: 'closure'")
+        self._farstep_reset_state(session)
         result = _as_torch_raises(lambda: session.driven_step(self.param_groups, closure, num_samples=num_samples))
         self._farstep_count(result)
         return result.loss
@@ -128,6 +131,17 @@ class RemoteOptimizer(_Base):
                 if parameter.grad is not None or self._farstep_drives_closure:
                     entries = self.state[parameter]
                     entries["step"] = entries.get("step", 0) + 1
+        self._farstep.kept = len(self.state)
+
+    def _farstep_reset_state(self, session: Session) -> None:
+        """Drop on the server the state that the user has dropped from ``state`` here, as is done to begin afresh."""
+        if len(self.state) >= session.kept:
+            return
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        pairs, _ = session.get_state()
+        left = [(key, entries) for key, entries in pairs if isinstance(key, int) and parameters[key] in self.state]
+        session.load_state(left, self.param_groups)
+        session.kept = len(self.state)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients here, and drop what this worker has staged on the server."""
@@ -154,6 +168,7 @@ class RemoteOptimizer(_Base):
         One top-level key more, ``"farstep"``, has lineage, incarnation and version; torch's own classes ignore it.
         """
         session = self._farstep_session()
+        self._farstep_reset_state(session)
         pairs, info = session.get_state()
         session.fetched = FetchedState.of(pairs, info.incarnation, info.version)
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -198,6 +213,7 @@ class RemoteOptimizer(_Base):
             self.state.update(local)
         else:
             _as_torch_raises(lambda: session.load_state(pairs, self.param_groups))
+        session.kept = len(self.state)
 
     # Copies.
 

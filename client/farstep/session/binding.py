@@ -7,12 +7,15 @@ layout) goes through a CPU tensor in the layout's own strides, one copy more.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
+from operator import is_not
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from farstep.session.edits import EditDetector
+from farstep_wire.errors import ConfigurationError
 from farstep_wire.frames import Body, ScatterSink
 from farstep_wire.layout import (
     GradientForm,
@@ -88,9 +91,11 @@ def _overlapping(spans: list[tuple[int, int, int]]) -> list[list[tuple[int, int,
 class _Place:
     """Where one parameter is read and written: its own memory, or a staging tensor."""
 
-    __slots__ = ("direct", "memory", "staging")
+    __slots__ = ("direct", "memory", "owner", "staging")
 
     def __init__(self, tensor: Tensor, spec: TensorSpec) -> None:
+        # Kept alive, so that no other tensor can come to lie there unnoticed.
+        self.owner = tensor.detach()
         self.direct = tensor.device.type == "cpu" and tensor.stride() == spec.strides and spec.is_dense
         self.staging = None if self.direct else _staging(spec)
         own = tensor if self.staging is None else self.staging
@@ -110,6 +115,8 @@ class Binding:
         self._edits = EditDetector(self.tensors, compare_bits=detect_edits)
         self._places: list[_Place] = []
         self._pointers: list[int] = []
+        self._strides: list[tuple[int, ...]] = []
+        self._strided = [tensor for tensor in self.tensors if tensor.dim() > 1]
         self._staged: list[tuple[Tensor, Tensor]] = []
         self._sink: ScatterSink | None = None
         self._gradient_memory: list[tuple[int, memoryview] | None] = [None] * len(self.tensors)
@@ -130,14 +137,25 @@ class Binding:
                     f"{TensorSpec.of(tensor)} now: convert the model first, then build the optimizer"
                 )
 
+    def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        """ConfigurationError where the param groups hold other parameters than those that are hosted."""
+        sizes = tuple(len(group["params"]) for group in groups)
+        own = chain.from_iterable(group["params"] for group in groups)
+        if sizes != self.layout.group_sizes or any(map(is_not, own, self.tensors)):
+            raise ConfigurationError(
+                f"param_groups hold other parameters (groups of {list(sizes)}) than the server hosts (groups of "
+                f"{list(self.layout.group_sizes)}): use add_param_group for new ones, or build a new optimizer"
+            )
+
     def _look(self) -> None:
         """Find out where the parameters lie, if that has changed since the last look."""
         pointers = [tensor.data_ptr() for tensor in self.tensors]
-        if pointers == self._pointers and self._places:
+        strides = [tensor.stride() for tensor in self._strided]
+        if pointers == self._pointers and strides == self._strides and self._places:
             return
         self.check()
         self._places = [_Place(tensor, spec) for tensor, spec in zip(self.tensors, self.layout.specs, strict=True)]
-        self._pointers = pointers
+        self._pointers, self._strides = pointers, strides
         self._staged = [
             (tensor, place.staging)
             for tensor, place in zip(self.tensors, self._places, strict=True)

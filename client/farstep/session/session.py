@@ -71,6 +71,8 @@ class Session:
         self._groups: Groups = []
         self._unsettled = False
         self.fetched: FetchedState | None = None
+        self.kept = 0
+        """How many parameters the proxy keeps a step count of."""
 
     @property
     def expects_several_workers(self) -> bool:
@@ -145,6 +147,7 @@ class Session:
     def step(self, groups: Groups, *, num_samples: float | None = None, abstain: bool = False) -> StepResult:
         """Contribute the gradients as they stand, or abstain, and take over the new parameters."""
         self._groups = groups
+        self.binding.check_groups(groups)
         edits = self._options.edits(groups)
         forms: dict[int, GradientForm] = {}
         edited: list[int] = []
@@ -163,6 +166,7 @@ class Session:
     def driven_step(self, groups: Groups, closure: Closure, *, num_samples: float | None = None) -> StepResult:
         """Have the server drive the closure through one step."""
         self._groups = groups
+        self.binding.check_groups(groups)
         edits = self._options.edits(groups)
         edited = self.binding.edited()
         message = self._contribution(num_samples)
