@@ -21,7 +21,7 @@ from farstep.config import Remote, resolve_remote
 from farstep.optim.handle import RemoteHandle
 from farstep.session.session import Session, StepResult, Subject
 from farstep.session.snapshot import FetchedState
-from farstep_wire.errors import StepFailedError
+from farstep_wire.errors import ConfigurationError, StepFailedError
 
 if TYPE_CHECKING:
     _Base = Optimizer
@@ -46,6 +46,7 @@ class RemoteOptimizer(_Base):
     def __init__(self, *args: Any, remote: str | Remote | None = None, **kwargs: Any) -> None:
         torch_init = cast(Callable[..., None], super().__init__)
         torch_init(*args, **kwargs)
+        self._farstep_refuse_differentiable()
         # Some classes make their state at once; it belongs on the server.
         self.state.clear()
         config = resolve_remote(remote)
@@ -69,6 +70,14 @@ class RemoteOptimizer(_Base):
             session.attach(self.param_groups)
             weakref.finalize(self, session.close)
         return session
+
+    def _farstep_refuse_differentiable(self) -> None:
+        if any(group.get("differentiable") for group in self.param_groups):
+            name = type(self).__name__
+            raise ConfigurationError(
+                f"differentiable=True asks autograd to record the step, and no gradient flows back through a server: use "
+                f"torch.optim.{name} for a step that is to be differentiated"
+            )
 
     # Steps.
 
@@ -157,6 +166,7 @@ class RemoteOptimizer(_Base):
         if session is None or not session.attached:
             return
         try:
+            self._farstep_refuse_differentiable()
             session.add_group(self.param_groups)
         except BaseException:
             self.param_groups.pop()
