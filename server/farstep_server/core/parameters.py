@@ -59,6 +59,11 @@ class ParameterReader:
         return self._buffer is not None
 
 
+def _takes_gradients(view: Tensor) -> bool:
+    # Quantized weights among a model's parameters are integers, which torch's optimizers pass over.
+    return view.is_floating_point() or view.is_complex()
+
+
 class ParameterStore:
     """The arena on its device, and on the host where that is another."""
 
@@ -66,7 +71,7 @@ class ParameterStore:
         self.layout = layout
         self.device = device
         self.buffer = contents.to(device) if device.type != "cpu" else contents
-        self.tensors = [torch.nn.Parameter(view) for view in layout.views(self.buffer)]
+        self.tensors = [torch.nn.Parameter(view, _takes_gradients(view)) for view in layout.views(self.buffer)]
         self._host = contents
         self._host_is_current = True
         self._readers: list[ref[ParameterReader]] = []
