@@ -1,4 +1,4 @@
-"""One real server for all parity tests, and the table of what they compared."""
+"""Real servers for all parity tests, and the table of what they compared."""
 
 from __future__ import annotations
 
@@ -7,37 +7,62 @@ from collections.abc import Callable, Iterator
 from itertools import count
 
 import pytest
+import torch
 
 from farstep import Remote
-from tests.benchmarks.processes import farstep_server
+from tests.support.servers import Servers
 
+KINDS = (
+    "option sets",
+    "steps",
+    "constructor errors",
+    "step errors",
+    "refused alike",
+    "dtypes",
+    "crossings",
+    "schedulers",
+)
 _compared: dict[str, Counter[str]] = defaultdict(Counter)
 _numbers = count()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Two processes with a thread per core each spend their time waiting for each other; the models here are small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
-def parity_address() -> Iterator[str]:
-    """The address of a server process that lives as long as the session."""
-    with farstep_server("--optimizer", "tests.parity.third_party:Counting") as address:
-        yield address
+def parity_addresses(session_servers: Servers) -> dict[str, str]:
+    """The address of a server process for each kind of device that there is."""
+
+    def start(device: str) -> str:
+        arguments = ("--device", device, "--optimizer", "tests.parity.third_party:Counting")
+        return session_servers(*arguments, environment={"OMP_NUM_THREADS": "1"}).address
+
+    return {"cpu": start("cpu"), **({"cuda": start("cuda:0")} if torch.cuda.is_available() else {})}
 
 
 @pytest.fixture
-def remote(parity_address: str) -> Callable[..., Remote]:
-    """Makes a Remote with a name of its own."""
+def remote(parity_addresses: dict[str, str]) -> Callable[..., Remote]:
+    """Makes a Remote with a name of its own, on a server for the device."""
 
-    def make(**options: object) -> Remote:
+    def make(device: str = "cpu", **options: object) -> Remote:
         options.setdefault("name", f"parity-{next(_numbers)}")
-        return Remote(parity_address, **options)  # type: ignore[arg-type]
+        return Remote(parity_addresses[device], **options)  # type: ignore[arg-type]
 
     return make
 
 
 @pytest.fixture
-def tally() -> Callable[[str, str, int], None]:
+def tally() -> Callable[..., None]:
     """Count what was compared, by class and kind."""
 
     def add(name: str, kind: str, number: int = 1) -> None:
+        assert kind in KINDS
         _compared[name][kind] += number
 
     return add
@@ -47,10 +72,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print how much was compared with local torch, class by class."""
     if not _compared:
         return
-    kinds = ["option sets", "steps", "constructor errors", "step errors", "crossings", "schedulers"]
+    write = terminalreporter.write_line
     terminalreporter.section("compared with local torch, bit for bit")
-    terminalreporter.write_line(f"{'class':20}" + "".join(f"{kind:>20}" for kind in kinds))
-    for name in sorted(_compared):
-        terminalreporter.write_line(f"{name:20}" + "".join(f"{_compared[name][kind]:>20}" for kind in kinds))
-    totals = [sum(counter[kind] for counter in _compared.values()) for kind in kinds]
-    terminalreporter.write_line(f"{'all':20}" + "".join(f"{total:>20}" for total in totals))
+    write(f"{'class':18}" + "".join(f"{kind:>{len(kind) + 2}}" for kind in KINDS))
+    totals: Counter[str] = sum(_compared.values(), Counter())
+    for name, counts in [*sorted(_compared.items()), ("all", totals)]:
+        write(f"{name:18}" + "".join(f"{counts[kind]:>{len(kind) + 2}}" for kind in KINDS))

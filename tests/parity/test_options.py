@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
-from farstep import Remote, optim
+from farstep import Remote, errors, optim
 from tests.parity import twins
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() else ["cpu"]
 INFOS = {info.optim_cls.__name__: info for info in optim_db}
 
 
@@ -62,7 +61,7 @@ def test_twenty_steps_leave_the_same_bits(
     remote_model = twins.twin(local_model)
     # A tensor among the options must not be shared by the two.
     local = getattr(torch.optim, name)(local_model.parameters(), **copy.deepcopy(options))
-    hosted = getattr(optim, name)(remote_model.parameters(), remote=remote(), **copy.deepcopy(options))
+    hosted = getattr(optim, name)(remote_model.parameters(), remote=remote(device), **copy.deepcopy(options))
     steps = 0
     for number in range(twins.STEPS):
         outcomes = []
@@ -111,6 +110,33 @@ def test_error_inputs_raise_what_torch_raises(
     assert outcomes[0] is not None, "torch's own table says that this is an error"
     assert outcomes[0] == outcomes[1]
     tally(name, "constructor errors" if at_construction else "step errors")
+
+
+@pytest.mark.parametrize("name", sorted(name for name, info in INFOS.items() if info.has_capturable_arg))
+def test_options_that_torch_refuses_at_a_step_are_refused_alike(
+    name: str, remote: Callable[..., Remote], tally: Callable[..., None]
+) -> None:
+    outcomes = []
+    for cls, extra in ((getattr(torch.optim, name), {}), (getattr(optim, name), {"remote": remote()})):
+        parameter = torch.nn.Parameter(torch.ones(3))
+        optimizer = cls([parameter], capturable=True, foreach=False, **extra)
+        parameter.grad = torch.ones(3)
+        outcomes.append(_outcome(optimizer.step))
+        assert parameter.tolist() == [1.0, 1.0, 1.0]
+    assert outcomes[0] is not None
+    assert outcomes[0] == outcomes[1]
+    tally(name, "refused alike")
+
+
+@pytest.mark.parametrize("name", sorted(name for name, i in INFOS.items() if "differentiable" in i.supported_impls))
+def test_a_step_that_autograd_is_to_record_is_refused_with_the_reason(name: str, remote: Callable[..., Remote]) -> None:
+    parameters = [torch.nn.Parameter(torch.ones(3))]
+    with pytest.raises(errors.ConfigurationError, match=rf"no gradient flows back.*use torch\.optim\.{name}"):
+        getattr(optim, name)(parameters, differentiable=True, remote=remote())
+    hosted = getattr(optim, name)(parameters, remote=remote())
+    with pytest.raises(errors.ConfigurationError, match="no gradient flows back"):
+        hosted.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "differentiable": True})
+    assert len(hosted.param_groups) == 1
 
 
 def _provoke(cls: Any, params: Any, keywords: dict[str, Any], at_construction: bool) -> None:

@@ -25,6 +25,18 @@ LOCAL: dict[str, type[Optimizer]] = {
 }
 
 
+# Fewer evaluations per step than by default; as many cross.
+OPTIONS: dict[str, dict[str, Any]] = {"LBFGS": {"max_iter": 5}, "ConjugateGradient": {"max_iter": 5}}
+
+
+def _local(name: str, model: torch.nn.Module) -> Optimizer:
+    return LOCAL[name](model.parameters(), **OPTIONS.get(name, {}))  # type: ignore[call-arg]
+
+
+def _hosted(name: str, model: torch.nn.Module, remote: Remote) -> Any:
+    return getattr(optim, name)(model.parameters(), remote=remote, **OPTIONS.get(name, {}))
+
+
 def _through_file(state: dict[str, Any]) -> dict[str, Any]:
     file = io.BytesIO()
     torch.save(state, file)
@@ -43,23 +55,24 @@ def _train(name: str, model: torch.nn.Module, optimizer: Any, numbers: range) ->
             twins.take_step(model, optimizer, number, needs_closure=name in CLOSURES, calls=[])
 
 
+@pytest.mark.parametrize("local_steps", [0, 6])
 @pytest.mark.parametrize("name", sorted(LOCAL))
 def test_state_crosses_from_remote_to_local_to_remote(
-    name: str, remote: Callable[..., Remote], tally: Callable[..., None]
+    name: str, local_steps: int, remote: Callable[..., Remote], tally: Callable[..., None]
 ) -> None:
     straight_model = twins.model_for(name)
     crossing_model = twins.twin(straight_model)
-    straight = LOCAL[name](straight_model.parameters())  # type: ignore[call-arg]
+    straight = _local(name, straight_model)
     _train(name, straight_model, straight, range(20))
 
-    first = getattr(optim, name)(crossing_model.parameters(), remote=remote())
-    _train(name, crossing_model, first, range(7))
-    local = LOCAL[name](crossing_model.parameters())  # type: ignore[call-arg]
+    first = _hosted(name, crossing_model, remote())
+    _train(name, crossing_model, first, range(10))
+    local = _local(name, crossing_model)
     local.load_state_dict(_through_file(first.state_dict()))
-    _train(name, crossing_model, local, range(7, 13))
-    second = getattr(optim, name)(crossing_model.parameters(), remote=remote())
+    _train(name, crossing_model, local, range(10, 10 + local_steps))
+    second = _hosted(name, crossing_model, remote())
     second.load_state_dict(_through_file(local.state_dict()))
-    _train(name, crossing_model, second, range(13, 20))
+    _train(name, crossing_model, second, range(10 + local_steps, 20))
 
     twins.assert_same_parameters(straight_model.parameters(), crossing_model.parameters(), "after 20 steps")
     twins.assert_same_state(second, straight, "state_dict()")
@@ -70,9 +83,9 @@ def test_state_crosses_from_remote_to_local_to_remote(
 def test_a_loaded_optimizer_goes_on_at_step_ten(name: str, remote: Callable[..., Remote]) -> None:
     straight_model = twins.model_for(name)
     resumed_model = twins.twin(straight_model)
-    straight = LOCAL[name](straight_model.parameters())  # type: ignore[call-arg]
+    straight = _local(name, straight_model)
     _train(name, straight_model, straight, range(20))
-    hosted = getattr(optim, name)(resumed_model.parameters(), remote=remote())
+    hosted = _hosted(name, resumed_model, remote())
     _train(name, resumed_model, hosted, range(10))
     saved = _through_file({"model": resumed_model.state_dict(), "optimizer": hosted.state_dict()})
     _train(name, resumed_model, hosted, range(50, 53))

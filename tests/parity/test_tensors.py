@@ -58,13 +58,49 @@ def _parameters(*tensors: Tensor) -> list[Tensor]:
     return [nn.Parameter(tensor) for tensor in tensors]
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128]
+CLASSES = sorted(
+    name
+    for name, cls in vars(torch.optim).items()
+    if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
 )
-@pytest.mark.parametrize("name", ["SGD", "Adam", "Adagrad"])
-def test_dtypes(name: str, dtype: torch.dtype, remote: Make) -> None:
-    shapes = [(3, 4), (5,), (), (0, 3)]
-    _compare(lambda: _parameters(*(torch.randn(shape).to(dtype) for shape in shapes)), remote(), name=name)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("name", CLASSES)
+def test_dtypes(name: str, dtype: torch.dtype, remote: Make, tally: Callable[..., None]) -> None:
+    """Each class steps the dtypes that torch's own steps, to the same bits, and refuses the others as torch's own does."""
+    shapes = [(3, 4)] if name == "Muon" else [(3, 4), (5,), (), *([] if name == "Adafactor" else [(0, 3)])]
+    ends = []
+    for cls, extra in ((getattr(torch.optim, name), {}), (getattr(optim, name), {"remote": remote()})):
+        torch.manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(shape).to(dtype), dtype in DTYPES) for shape in shapes]
+        ends.append((parameters, *_until_refused(cls, parameters, sparse=name == "SparseAdam", **extra)))
+    (local_parameters, local, local_error), (remote_parameters, hosted, remote_error) = ends
+    assert remote_error == local_error
+    if local_error is None:
+        twins.assert_same_parameters(local_parameters, remote_parameters, "after the steps")
+        twins.assert_same_state(hosted, local, "state_dict()")
+    tally(name, "refused alike" if local_error else "dtypes")
+
+
+def _until_refused(cls: Any, parameters: list[Tensor], *, sparse: bool, **extra: Any) -> tuple[Any, str | None]:
+    optimizer = None
+    try:
+        optimizer = cls(parameters, **extra)
+        for number in range(4):
+            gradients = [None if g is None else g.to_sparse(1) if g.dim() else None for g in _dense(number, parameters)]
+            for parameter, gradient in zip(
+                parameters, gradients if sparse else _dense(number, parameters), strict=True
+            ):
+                parameter.grad = gradient
+            if cls.__name__ == "LBFGS":
+                optimizer.step(lambda: sum(p.detach().abs().double().sum() for p in parameters))
+            else:
+                optimizer.step()
+    except Exception as error:  # noqa: BLE001 - both sides must say the same
+        return optimizer, f"{type(error).__name__}: {error}"
+    return optimizer, None
 
 
 def test_several_dtypes_in_one_optimizer(remote: Make) -> None:

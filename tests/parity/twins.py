@@ -21,12 +21,34 @@ def small_model(seed: int = 0, dtype: torch.dtype = torch.float32, device: str =
     return model.to(dtype).to(device).to(memory_format=torch.channels_last)
 
 
+class Odds(nn.Module):
+    """A last layer with a 0-dim parameter, one that never has a gradient and, where asked for, one without elements."""
+
+    def __init__(self, *, empty: bool) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.unused = nn.Parameter(torch.randn(3, 2))
+        self.nothing = nn.Parameter(torch.zeros(0, 3)) if empty else None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Scale the inputs."""
+        scaled = inputs * self.scale
+        return scaled if self.nothing is None else scaled + self.nothing.sum()
+
+
 def model_for(name: str, device: str = "cpu") -> nn.Module:
-    """Return a model that the class takes: Muon wants matrices alone, L-BFGS wants gradients that can be viewed flat."""
+    """Return a small model with every kind of parameter that the class takes.
+
+    Muon takes matrices alone, SparseAdam sparse gradients, which a 0-dim parameter cannot have; Adafactor divides by the
+    number of elements, and L-BFGS wants gradients that can be viewed flat.
+    """
     if name == "Muon":
         return matrix_model(device=device)
-    model = small_model(device=device)
-    return model.to(memory_format=torch.contiguous_format) if name == "LBFGS" else model
+    model = small_model()
+    assert isinstance(model, nn.Sequential)
+    if name != "SparseAdam":
+        model.append(Odds(empty=name != "Adafactor"))
+    return model.to(memory_format=torch.contiguous_format).to(device) if name == "LBFGS" else model.to(device)
 
 
 def matrix_model(seed: int = 0, device: str = "cpu") -> nn.Module:
