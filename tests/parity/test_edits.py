@@ -1,4 +1,4 @@
-"""What scripts do to parameters, groups and state without telling the optimizer: it follows, or says what to do instead."""
+"""What scripts do to parameters and state without telling the optimizer: it follows, or says what to do instead."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from farstep import Remote, errors, optim
+from farstep import Remote, optim
 from tests.parity import twins
 
 Make = Callable[..., Remote]
@@ -81,41 +81,6 @@ def test_lbfgs_begins_afresh_too(remote: Make) -> None:
         ends.append((model, optimizer, calls))
     assert ends[0][2] == ends[1][2]
     twins.assert_same_parameters(ends[0][0].parameters(), ends[1][0].parameters(), "after 6 steps")
-
-
-# Groups.
-
-
-def _replace(optimizer: Any) -> None:
-    optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.ones(4, 4))
-
-
-def _append_parameter(optimizer: Any) -> None:
-    optimizer.param_groups[0]["params"].append(nn.Parameter(torch.ones(2)))
-
-
-def _append_group(optimizer: Any) -> None:
-    optimizer.param_groups.append({**optimizer.param_groups[0], "params": [nn.Parameter(torch.ones(2))]})
-
-
-def _delete_parameter(optimizer: Any) -> None:
-    del optimizer.param_groups[0]["params"][1]
-
-
-@pytest.mark.parametrize("edit", [_replace, _append_parameter, _append_group, _delete_parameter])
-def test_other_parameters_in_the_groups_are_refused_before_anything_is_sent(
-    edit: Callable[[Any], None], remote: Make
-) -> None:
-    parameters, optimizer = _sides(remote(), "Adam", _two)[1]
-    before = [parameter.detach().clone() for parameter in parameters]
-    groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
-    edit(optimizer)
-    with pytest.raises(errors.ConfigurationError, match=r"hold other parameters \(groups of .*use add_param_group"):
-        optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
-    optimizer.param_groups[:] = groups
-    optimizer.step()
-    assert optimizer.remote.version == 1
 
 
 # Parameters.

@@ -96,6 +96,7 @@ class RemoteOptimizer(_Base):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        session.follow(self.param_groups)
         abstain = self._farstep_found_inf() if "found_inf" in self.__dict__ else False
         if not abstain:
             self._farstep_reset_state(session)
@@ -109,6 +110,7 @@ class RemoteOptimizer(_Base):
         if closure is None:
             name = type(self).__name__
             raise TypeError(f"{name}.step() missing 1 required positional argument: 'closure'")
+        session.follow(self.param_groups)
         self._farstep_reset_state(session)
         result = _as_torch_raises(lambda: session.driven_step(self.param_groups, closure, num_samples=num_samples))
         self._farstep_count(result)
@@ -167,7 +169,7 @@ class RemoteOptimizer(_Base):
             return
         try:
             self._farstep_refuse_differentiable()
-            session.add_group(self.param_groups)
+            session.follow(self.param_groups)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -178,6 +180,7 @@ class RemoteOptimizer(_Base):
         One top-level key more, ``"farstep"``, has lineage, incarnation and version; torch's own classes ignore it.
         """
         session = self._farstep_session()
+        session.follow(self.param_groups)
         self._farstep_reset_state(session)
         pairs, info = session.get_state()
         session.fetched = FetchedState.of(pairs, info.incarnation, info.version)
@@ -205,6 +208,7 @@ class RemoteOptimizer(_Base):
         Sync loading is one act of all workers.
         """
         session = self._farstep_session()
+        session.follow(self.param_groups)
         local = dict(self.state)
         super().load_state_dict(state_dict)
         numbers = {

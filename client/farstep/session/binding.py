@@ -7,15 +7,12 @@ layout) goes through a CPU tensor in the layout's own strides, one copy more.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
-from operator import is_not
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from farstep.session.edits import EditDetector
-from farstep_wire.errors import ConfigurationError
 from farstep_wire.frames import Body, ScatterSink
 from farstep_wire.layout import (
     GradientForm,
@@ -136,16 +133,6 @@ class Binding:
                     f"parameter {parameter.key!r} was {spec} when the optimizer was built and is "
                     f"{TensorSpec.of(tensor)} now: convert the model first, then build the optimizer"
                 )
-
-    def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
-        """ConfigurationError where the param groups hold other parameters than those that are hosted."""
-        sizes = tuple(len(group["params"]) for group in groups)
-        own = chain.from_iterable(group["params"] for group in groups)
-        if sizes != self.layout.group_sizes or any(map(is_not, own, self.tensors)):
-            raise ConfigurationError(
-                f"param_groups hold other parameters (groups of {list(sizes)}) than the server hosts (groups of "
-                f"{list(self.layout.group_sizes)}): use add_param_group for new ones, or build a new optimizer"
-            )
 
     def _look(self) -> None:
         """Find out where the parameters lie, if that has changed since the last look."""

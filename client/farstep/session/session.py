@@ -13,15 +13,16 @@ from torch import Tensor
 from farstep.config import Remote
 from farstep.session.binding import Binding, layout_of
 from farstep.session.evaluations import Closure, Evaluations
+from farstep.session.groups import Groups, check_only_added, group_body, group_layout, hold
 from farstep.session.link import Link, internal
 from farstep.session.options import OptionTracker, sendable
 from farstep.session.placement import locate, policy_of, worker_of
 from farstep.session.snapshot import FetchedState, state_digest
 from farstep_wire.bundle import BundleBody, empty_buffer, read_bundle
 from farstep_wire.convert import edits_from_proto, edits_to_proto, forms_to_proto, layout_to_proto, policy_to_proto
-from farstep_wire.errors import ConfigurationError, FarstepError
+from farstep_wire.errors import FarstepError
 from farstep_wire.frames import EMPTY, Body, BufferSink, BytesSource, NullSink, Sink
-from farstep_wire.layout import GradientForm, Layout, dtype_name
+from farstep_wire.layout import GradientForm, dtype_name
 from farstep_wire.policy import Sync
 from farstep_wire.v1 import optimizer_pb2 as pb
 from farstep_wire.values import from_map, from_value, memory, to_map, to_value
@@ -32,8 +33,6 @@ _ON_EXISTING = {
     "error": pb.ON_EXISTING_ERROR,
     "replace": pb.ON_EXISTING_REPLACE,
 }
-
-Groups = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,6 @@ class Session:
     def step(self, groups: Groups, *, num_samples: float | None = None, abstain: bool = False) -> StepResult:
         """Contribute the gradients as they stand, or abstain, and take over the new parameters."""
         self._groups = groups
-        self.binding.check_groups(groups)
         edits = self._options.edits(groups)
         forms: dict[int, GradientForm] = {}
         edited: list[int] = []
@@ -166,7 +164,6 @@ class Session:
     def driven_step(self, groups: Groups, closure: Closure, *, num_samples: float | None = None) -> StepResult:
         """Have the server drive the closure through one step."""
         self._groups = groups
-        self.binding.check_groups(groups)
         edits = self._options.edits(groups)
         edited = self.binding.edited()
         message = self._contribution(num_samples)
@@ -372,21 +369,27 @@ class Session:
         self._groups = groups
         self._options.acknowledge(groups)
 
-    def add_group(self, groups: Groups) -> None:
-        """Tell the server of the group that was added last; under Sync, one act of all workers."""
+    def follow(self, groups: Groups) -> None:
+        """Tell the server of groups that came by assignment to ``param_groups``; under Sync, an act of all workers each.
+
+        ConfigurationError: the groups hold other parameters than those bound.
+        """
+        if hold(groups, self.binding.tensors, self.binding.layout):
+            return
+        check_only_added(groups, self.binding.tensors, self.binding.layout)
+        for count in range(len(self.binding.layout.group_sizes), len(groups)):
+            self._add_group(groups[: count + 1])
+        self._groups = groups
+
+    def _add_group(self, groups: Groups) -> None:
         number = len(groups) - 1
-        known = self.binding.tensors
-        _refuse_shared(groups[-1]["params"], known)
-        old = self.binding.layout
-        full = layout_of(groups)
-        own = Layout(tuple(replace(p, group=0) for p in full.parameters[len(known) :]), full.group_sizes[-1:])
-        options = sendable(groups[-1], self.subject.required, number)
-        header = layout_to_proto(own, [options]).SerializeToString()
-        contents = Binding(groups[-1]["params"], own, detect_edits=False).contents()
-        body = Body([header, contents.join((), 0, contents.nbytes)])
+        new = groups[number]["params"]
+        known, old = self.binding.tensors, self.binding.layout
+        own = group_layout(groups, known)
+        layout_bytes, body = group_body(new, own, sendable(groups[number], self.subject.required, number))
         standing = self.link.standing
         standing.sequence += 1
-        message = pb.AddParamGroup(sequence=standing.sequence, layout_bytes=len(header))
+        message = pb.AddParamGroup(sequence=standing.sequence, layout_bytes=layout_bytes)
 
         def make() -> tuple[pb.ClientFrame, BytesSource]:
             message.epoch = standing.epoch
@@ -394,9 +397,8 @@ class Session:
 
         edited = self.binding.edited()
         self._call_done(make)
-        tensors = [*known, *groups[-1]["params"]]
         self._groups = groups
-        self._binding = Binding(tensors, old.extended(own), detect_edits=self.remote.detect_edits)
+        self._binding = Binding([*known, *new], old.extended(own), detect_edits=self.remote.detect_edits)
         self.binding.remember(but=edited)
         self._options.acknowledge_group(groups, number)
 
@@ -428,14 +430,3 @@ class Session:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["remote"], state["subject"])  # type: ignore[misc]
         self.policy, self.worker, self.ephemeral = state["policy"], state["worker"], state["ephemeral"]
-
-
-def _refuse_shared(new: Sequence[Tensor], known: Sequence[Tensor]) -> None:
-    storages = {tensor.untyped_storage().data_ptr() for tensor in known if tensor.numel()}
-    for tensor in new:
-        if tensor.numel() and tensor.untyped_storage().data_ptr() in storages:
-            clash = layout_of([{"params": [*known, tensor]}])
-            if clash.parameters[-1].storage:
-                raise ConfigurationError(
-                    "add_param_group: a parameter shares memory with one of an earlier group; give both to the constructor"
-                )
