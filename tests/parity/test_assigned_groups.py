@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from farstep import Remote, optim
+from farstep.optim.proxy import RemoteOptimizer
 from farstep_wire.errors import ConfigurationError
 from tests.parity.twins import assert_same_parameters, assert_same_state, matrix_model, take_step, twin
 
@@ -30,7 +31,7 @@ def _more(model: nn.Module, optimizer: Any, rate: float) -> list[dict[str, Any]]
 
 
 @pytest.mark.parametrize("how", ["assigned", "appended"])
-@pytest.mark.parametrize("then", ["step", "state_dict", "load_state_dict", "add_param_group"])
+@pytest.mark.parametrize("then", ["step", "state_dict", "load_state_dict", "add_param_group", "handle"])
 def test_more_groups(then: str, how: str, remote: Make) -> None:
     sides = _pair(remote)
     extra = [nn.Parameter(torch.ones(2, 2)) for _ in sides]
@@ -51,6 +52,9 @@ def test_more_groups(then: str, how: str, remote: Make) -> None:
             case "add_param_group":
                 optimizer.add_param_group({"params": [parameter], "lr": 0.5})
                 parameter.grad = torch.ones(2, 2)
+            case "handle" if isinstance(optimizer, RemoteOptimizer):
+                assert optimizer.remote.state(optimizer.param_groups[1]["params"][0]) == {}
+                assert not optimizer.remote.skip(), "a round of one worker, which has no gradients"
         for number in range(1, 4):
             take_step(model, optimizer, number, needs_closure=False, calls=[])
     assert_same_parameters(sides[0][0].parameters(), sides[1][0].parameters(), then)
@@ -96,7 +100,8 @@ def test_other_parameters_are_refused_and_nothing_happens(
     kept = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
     edit(optimizer.param_groups)
     model(torch.ones(1, 50)).sum().backward()
-    for act in (optimizer.step, optimizer.state_dict, lambda: optimizer.load_state_dict({})):
+    handle = optimizer.remote
+    for act in (optimizer.step, optimizer.state_dict, lambda: optimizer.load_state_dict({}), handle.skip):
         with pytest.raises(ConfigurationError, match=r"hold other parameters \(groups of .*build a new optimizer"):
             act()
     assert_same_parameters(model.parameters(), before.parameters(), "after the refusals")

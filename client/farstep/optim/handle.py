@@ -80,7 +80,9 @@ class RemoteHandle:
 
         Returns whether a step was applied: False where all workers of the round skipped it.
         """
-        return self._session.step(self._groups, abstain=True).applied
+        session = self._session
+        session.follow(self._groups)
+        return session.step(self._groups, abstain=True).applied
 
     def state(self, parameter: Tensor) -> dict[str, Any]:
         """Return the optimizer state of one parameter, fetched from the server, tensors on the CPU.
@@ -93,7 +95,9 @@ class RemoteHandle:
             raise LookupError(
                 f"a parameter of shape {tuple(parameter.shape)} that is in no param group has no state here"
             )
-        for key, entries in self._session.get_state([index])[0]:
+        session = self._session
+        session.follow(self._groups)
+        for key, entries in session.get_state([index])[0]:
             if key == index:
                 return dict(entries)
         return {}
