@@ -1,7 +1,7 @@
 """farstep: ``torch.optim`` as a service.
 
-``optim`` and ``remote_optimizer`` are imported when they are first used, since they bring torch with them and the command
-``farstep`` has no need of it.
+``optim``, ``remote_optimizer`` and ``LocalSGD`` are imported when they are first used, since they bring torch with
+them and the command ``farstep`` has no need of it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from farstep_wire.policy import Async, Sync
 
 if TYPE_CHECKING:
     from farstep import optim
+    from farstep.local_sgd import LocalSGD
     from farstep.optim import remote_optimizer
 
 __all__ = [
     "Async",
     "FarstepError",
+    "LocalSGD",
     "Remote",
     "Retry",
     "Sync",
@@ -37,6 +39,8 @@ def __getattr__(name: str) -> Any:
         return import_module("farstep.optim")
     if name == "remote_optimizer":
         return import_module("farstep.optim").remote_optimizer
+    if name == "LocalSGD":
+        return import_module("farstep.local_sgd").LocalSGD
     raise AttributeError(f"module 'farstep' has no attribute {name!r}")
 
 

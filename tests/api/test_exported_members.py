@@ -31,7 +31,7 @@ TORCH_CLASSES = {
 
 def test_farstep() -> None:
     assert sorted(farstep.__all__) == [
-        "Async", "FarstepError", "Remote", "Retry", "Sync", "Timeouts", "__version__", "errors", "optim",
+        "Async", "FarstepError", "LocalSGD", "Remote", "Retry", "Sync", "Timeouts", "__version__", "errors", "optim",
         "remote_optimizer",
     ]  # fmt: skip
     for name in farstep.__all__:
@@ -94,7 +94,7 @@ def test_a_class_is_torchs_with_one_keyword_more(name: str) -> None:
 def test_the_handle() -> None:
     members = {name for name in vars(RemoteHandle) if not name.startswith("_")}
     assert members == {
-        "name", "address", "worker", "version", "lineage", "incarnation", "device",
+        "name", "address", "worker", "version", "lineage", "incarnation", "device", "traffic",
         "pull", "skip", "state", "describe", "checkpoint", "close",
     }  # fmt: skip
     assert all(inspect.getdoc(getattr(RemoteHandle, name)) for name in members)

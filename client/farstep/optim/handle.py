@@ -9,6 +9,7 @@ from torch import Tensor
 from farstep import inspection
 from farstep.inspection import Description, SnapshotInfo
 from farstep.session.session import Session
+from farstep.transports.base import Traffic
 
 if TYPE_CHECKING:
     from farstep.optim.proxy import RemoteOptimizer
@@ -70,6 +71,11 @@ class RemoteHandle:
     def device(self) -> str:
         """The device on the server that holds the parameters, such as ``cuda:0``."""
         return self._session.link.standing.device
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes sent and received for this optimizer since it was built, reconnects included; asks nobody."""
+        return self._optimizer._farstep.traffic
 
     def pull(self) -> int:
         """Overwrite the local parameters with the server's; return their version."""

@@ -17,7 +17,7 @@ from uuid import uuid4
 
 from farstep.config import Remote
 from farstep.embedded import embedded_server_ended
-from farstep.transports.base import SinkFor, Stream, Transport
+from farstep.transports.base import SinkFor, Stream, Traffic, Transport
 from farstep.transports.grpc import GrpcTransport
 from farstep_wire import __version__
 from farstep_wire.address import Address
@@ -74,9 +74,15 @@ class Link:
         self._describe_attach = describe_attach
         self._transport: Transport | None = None
         self._stream: Stream | None = None
+        self._ended_traffic = Traffic()
         self._requests = 0
         self._process = os.getpid()
         self._broken_since: float | None = None
+
+    @property
+    def traffic(self) -> Traffic:
+        """What has gone through the stream, and through those before it."""
+        return self._ended_traffic if self._stream is None else self._ended_traffic + self._stream.traffic
 
     # Attaching.
 
@@ -252,6 +258,7 @@ class Link:
         stream, self._stream = self._stream, None
         if stream is not None:
             stream.close()
+            self._ended_traffic += stream.traffic
         if self._transport is not None:
             self._transport.close()
             self._transport = None

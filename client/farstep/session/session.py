@@ -18,6 +18,7 @@ from farstep.session.link import Link, internal
 from farstep.session.options import OptionTracker, sendable
 from farstep.session.placement import locate, policy_of, worker_of
 from farstep.session.snapshot import FetchedState, state_digest
+from farstep.transports.base import Traffic
 from farstep_wire.bundle import BundleBody, empty_buffer, read_bundle
 from farstep_wire.convert import edits_from_proto, edits_to_proto, forms_to_proto, layout_to_proto, policy_to_proto
 from farstep_wire.errors import FarstepError
@@ -72,6 +73,12 @@ class Session:
         self.fetched: FetchedState | None = None
         self.kept = 0
         """How many parameters the proxy keeps a step count of."""
+        self._ended_traffic = Traffic()
+
+    @property
+    def traffic(self) -> Traffic:
+        """What has gone between this session and the server, since it was made."""
+        return self._ended_traffic if self._link is None else self._ended_traffic + self._link.traffic
 
     @property
     def expects_several_workers(self) -> bool:
@@ -420,6 +427,7 @@ class Session:
         link, self._link = self._link, None
         if link is not None:
             link.close()
+            self._ended_traffic += link.traffic
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy attaches for itself, when it is first used. A token never travels.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from farstep_wire.frames import EMPTY, BytesSource, Sink
 from farstep_wire.v1 import optimizer_pb2 as pb
@@ -17,8 +18,24 @@ SinkFor = Callable[[pb.ServerFrame], Sink]
 """Chooses where the bytes of a reply go, from its header; may raise to refuse it."""
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of messages: of whole frames, heartbeats included, before the transport adds what it needs of its own."""
+
+    sent: int = 0
+    received: int = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.sent + other.sent, self.received + other.received)
+
+
 class Stream(ABC):
     """One session's stream. ``send`` may be called from any thread, ``receive`` from one at a time."""
+
+    @property
+    @abstractmethod
+    def traffic(self) -> Traffic:
+        """What has gone through so far. A message that is queued counts once it is sent."""
 
     @abstractmethod
     def send(self, frame: pb.ClientFrame, body: BytesSource = EMPTY) -> None:

@@ -20,7 +20,7 @@ from weakref import WeakSet
 
 import grpc
 
-from farstep.transports.base import SinkFor, Stream, Transport
+from farstep.transports.base import SinkFor, Stream, Traffic, Transport
 from farstep_wire.address import Address
 from farstep_wire.errors import ConfigurationError, DeadlineError, FarstepError, InternalError, UnavailableError
 from farstep_wire.frames import EMPTY, BytesSource, Incoming, decode, encode
@@ -74,12 +74,27 @@ class GrpcStream(Stream):
         self.deadline: float | None = None
         self._heartbeat_seconds = math.inf
         self.last_sent = time.monotonic()
+        # Each has one writer: gRPC's thread that asks for messages, and whoever receives.
+        self._sent_bytes = 0
+        self._received_bytes = 0
         self._call: Any = method(self._messages())
         _watchdog.watch(self)
 
     def _messages(self) -> Iterator[bytes]:
         while (item := self._outbox.get()) is not None:
-            yield from encode(*item)
+            for data in encode(*item):
+                self._sent_bytes += len(data)
+                yield data
+
+    def _next(self) -> bytes:
+        data: bytes = next(self._call)
+        self._received_bytes += len(data)
+        return data
+
+    @property
+    def traffic(self) -> Traffic:
+        """What has gone through so far."""
+        return Traffic(self._sent_bytes, self._received_bytes)
 
     def send(self, frame: pb.ClientFrame, body: BytesSource = EMPTY) -> None:
         """Queue a message."""
@@ -90,11 +105,11 @@ class GrpcStream(Stream):
         """Return the next reply; see Stream."""
         self.deadline = deadline
         try:
-            frame, payload = decode(pb.ServerFrame, next(self._call))
+            frame, payload = decode(pb.ServerFrame, self._next())
             incoming = Incoming(frame.total_bytes, sink_for(frame))
             incoming.take(frame.offset, payload)
             while not incoming.complete:
-                part, payload = decode(pb.ServerFrame, next(self._call))
+                part, payload = decode(pb.ServerFrame, self._next())
                 incoming.take(part.offset, payload)
             return frame
         except StopIteration:
