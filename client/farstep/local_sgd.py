@@ -199,7 +199,7 @@ class LocalSGD(Optimizer):
         edited = not self._interval.calls and self._take_over_edits()
         if self._interval.steps or edited:
             for parameter, outer in self._pairs():
-                outer.grad = pseudo_gradient(parameter, outer)
+                outer.grad = pseudo_gradient(parameter, outer) if self._interval.steps else None
             samples = self._interval.samples
             self.outer.step(num_samples=samples)
             self.outer.zero_grad()

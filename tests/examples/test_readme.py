@@ -50,5 +50,9 @@ def test_the_handle(readme_server: ServerProcess) -> None:
         assert [(snapshot.version, snapshot.tag) for snapshot in server.snapshots("rnn")] == [(1, "first")]
 
 
+def test_local_sgd(readme_server: ServerProcess) -> None:
+    assert re.fullmatch(r"3 Traffic\(sent=\d+, received=\d+\)\n", _run(BLOCKS[3], readme_server))
+
+
 def test_there_are_no_other_blocks() -> None:
-    assert len(BLOCKS) == README.count("```python") == 3
+    assert len(BLOCKS) == README.count("```python") == 4

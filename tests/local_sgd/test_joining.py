@@ -13,7 +13,7 @@ from farstep import Async, LocalSGD, Sync, optim
 from farstep_wire.errors import MismatchError
 from tests.faults.models import parameters, same_bits, set_gradients
 from tests.local_sgd.models import Worker, adamw, crew, remote, together
-from tests.support.servers import ServerProcess
+from tests.support.servers import ServerProcess, Servers
 
 
 @pytest.mark.parametrize("policy", [Sync(1), Async()], ids=["sync", "async"])
@@ -35,7 +35,8 @@ def test_a_joining_worker_starts_from_the_outer_parameters(server: ServerProcess
 
 @pytest.mark.parametrize("policy", [Sync(1), Async()], ids=["sync", "async"])
 @pytest.mark.parametrize("steps", [0, 2], ids=["before the first round", "after it"])
-def test_another_sync_every_is_refused(server: ServerProcess, name: str, policy: Any, steps: int) -> None:
+def test_another_sync_every_is_refused(servers: Servers, name: str, policy: Any, steps: int) -> None:
+    server = servers("--lease", "2s")
     first = Worker(remote(server.address, name, 0, policy), sync_every=2)
     first.steps(range(steps))
     with pytest.raises(MismatchError) as told:
