@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from farstep_server.core.events import Dump, Member, Outcome
+from farstep_server.core.records import Dump, Member, Outcome
 from farstep_server.hosting.dumps import decode_dump, encode_dump
 from farstep_server.store import SnapshotStore
 from farstep_wire.errors import StorageError

@@ -14,6 +14,7 @@ import torch
 
 from farstep_server.app import build_registry
 from farstep_server.core import events as ev
+from farstep_server.core.records import Outcome
 from farstep_server.hosting import snapshots as module
 from farstep_server.hosting.directory import Directory
 from farstep_server.hosting.owner import Owner
@@ -123,7 +124,7 @@ def test_a_retry_after_a_restart_gets_the_recorded_answer(boot: Boot) -> None:
     again = boot().directory.find("net")
     assert join(again, lineage=again.hosted.identity.lineage).settled == 1
     reply = step(again, 1, epoch=2, version=0)
-    assert (reply.outcome, reply.version, reply.contributions) == (ev.Outcome.COMMITTED, 1, 1)
+    assert (reply.outcome, reply.version, reply.contributions) == (Outcome.COMMITTED, 1, 1)
     assert again.hosted.version == 1
     row = next(iter(again.hosted.members))
     assert (row.contributions, row.abstentions) == (1, 0)
@@ -568,8 +569,8 @@ def test_what_waits_when_it_is_rolled_back_is_not_used_and_not_counted_later(boo
     machine.snapshots.restore("net", "start", None)
     reply = waiting.take()
     assert isinstance(reply, ev.StepReply)
-    assert reply.outcome is ev.Outcome.ROLLED_BACK
-    assert step(owner, 1).outcome is ev.Outcome.ROLLED_BACK  # the answer was lost, and is asked for again
+    assert reply.outcome is Outcome.ROLLED_BACK
+    assert step(owner, 1).outcome is Outcome.ROLLED_BACK  # the answer was lost, and is asked for again
     assert owner.hosted.version == 0
 
 

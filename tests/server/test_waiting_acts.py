@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from farstep_server.core import events as ev
+from farstep_server.core.records import Outcome
 from farstep_server.hosting.owner import Owner
 from farstep_wire.errors import ClosureError, FencedError, MismatchError
 from farstep_wire.policy import Async, Sync
@@ -111,7 +112,7 @@ def test_a_late_worker_does_not_hold_up_those_who_came_before(machine: Machine) 
     step(owner, 1, worker="1")
     reply = ahead.take()
     assert isinstance(reply, ev.StepReply)
-    assert reply.outcome is ev.Outcome.COMMITTED
+    assert reply.outcome is Outcome.COMMITTED
 
 
 def test_a_worker_that_abstains_holds_up_nobody(machine: Machine) -> None:
@@ -119,8 +120,8 @@ def test_a_worker_that_abstains_holds_up_nobody(machine: Machine) -> None:
     join(owner)
     join(owner, "1")
     for sequence in range(1, 4):
-        assert step(owner, sequence).outcome is ev.Outcome.COMMITTED
-        assert step(owner, sequence, worker="1", abstain=True).outcome is ev.Outcome.SKIPPED
+        assert step(owner, sequence).outcome is Outcome.COMMITTED
+        assert step(owner, sequence, worker="1", abstain=True).outcome is Outcome.SKIPPED
 
 
 def test_a_contribution_that_waits_is_applied_once_though_sent_twice(machine: Machine) -> None:
@@ -135,7 +136,7 @@ def test_a_contribution_that_waits_is_applied_once_though_sent_twice(machine: Ma
     assert step(owner, 1, worker="1").version == 2
     reply = again.take()
     assert isinstance(reply, ev.StepReply)
-    assert (reply.outcome, reply.version) == (ev.Outcome.COMMITTED, 3)
+    assert (reply.outcome, reply.version) == (Outcome.COMMITTED, 3)
     assert owner.hosted.version == 3
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from farstep_server.core.engine import Engine
-from farstep_server.core.events import Description, Dump, ParameterRow, StateRow
 from farstep_server.core.options import frozen_options
+from farstep_server.core.records import Description, Dump, ParameterRow, StateRow
 from farstep_wire.layout import dtype_name
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 
 from farstep_server.core.default_dtype import default_dtype
 from farstep_server.core.gradients import Gradients
-from farstep_server.core.guard import Undo
 from farstep_server.core.options import GroupEdits, apply_edits, difference, frozen_options
 from farstep_server.core.parameters import ParameterStore
 from farstep_server.core.registry import OptimizerEntry
+from farstep_server.core.undo import Undo
 from farstep_wire.errors import Applied, ArgumentsError, FarstepError, StepFailedError
 from farstep_wire.layout import Layout
 

@@ -24,6 +24,7 @@ from farstep_server.core.gradients import Gradients, materialize, reduce_gradien
 from farstep_server.core.identity import Identity
 from farstep_server.core.membership import Membership, Settled, WorkerRecord
 from farstep_server.core.options import GroupEdits, agreed_edits, frozen_options
+from farstep_server.core.records import Dump, Outcome
 from farstep_server.core.rounds import check_alike, rounds_for, weights
 from farstep_wire.errors import (
     Applied,
@@ -245,7 +246,7 @@ class HostedOptimizer:
         if not isinstance(act, ev.Contribution):
             return True
         if act.incarnation != self.incarnation:
-            self._not_used(act, record, ev.Outcome.ROLLED_BACK)
+            self._not_used(act, record, Outcome.ROLLED_BACK)
             return False
         if act.version > self.version:
             raise RollbackError(
@@ -255,11 +256,11 @@ class HostedOptimizer:
         if act.version < self.version and self._rounds.refuses_older:
             record.stale += 1
             self.stale += 1
-            self._not_used(act, record, ev.Outcome.STALE)
+            self._not_used(act, record, Outcome.STALE)
             return False
         return True
 
-    def _not_used(self, act: ev.Contribution, record: WorkerRecord, outcome: ev.Outcome) -> None:
+    def _not_used(self, act: ev.Contribution, record: WorkerRecord, outcome: Outcome) -> None:
         record.version = self.version
         options = self._all_options()
         self._reply(
@@ -329,7 +330,7 @@ class HostedOptimizer:
         contributors = [act for act in acts if not act.abstain]
         if not contributors:
             self.engine.edit_options(edits)
-            self._settle(acts, ev.Outcome.SKIPPED, {}, None)
+            self._settle(acts, Outcome.SKIPPED, {}, None)
         elif any(act.closure for act in contributors):
             self._start_driven(acts, contributors, edits)
         else:
@@ -352,9 +353,9 @@ class HostedOptimizer:
     def _committed(self, acts: list[ev.Contribution], changed: GroupEdits, loss: object) -> None:
         self.version += 1
         self.started = True
-        self._settle(acts, ev.Outcome.COMMITTED, changed, loss)
+        self._settle(acts, Outcome.COMMITTED, changed, loss)
 
-    def _settle(self, acts: list[ev.Contribution], outcome: ev.Outcome, changed: GroupEdits, loss: object) -> None:
+    def _settle(self, acts: list[ev.Contribution], outcome: Outcome, changed: GroupEdits, loss: object) -> None:
         used = sum(not act.abstain for act in acts)
         for act in acts:
             record = self._record(act)
@@ -472,7 +473,7 @@ class HostedOptimizer:
     def _waiting(self) -> set[str]:
         return {act.worker for act in self._rounds.acts()}
 
-    def resume_from(self, dump: ev.Dump, now: float) -> None:
+    def resume_from(self, dump: Dump, now: float) -> None:
         """Take over a dump after a restart: the same lineage and incarnation go on."""
         self._take_over(dump)
         self.incarnation = dump.incarnation
@@ -490,14 +491,14 @@ class HostedOptimizer:
         for act in self._rounds.take_all():
             if isinstance(act, ev.Contribution):
                 record = self._record(act)
-                record.settled = Settled(ev.Outcome.ROLLED_BACK, self.version)
-                self._not_used(act, record, ev.Outcome.ROLLED_BACK)
+                record.settled = Settled(Outcome.ROLLED_BACK, self.version)
+                self._not_used(act, record, Outcome.ROLLED_BACK)
             else:
                 error = RollbackError("the hosted optimizer was rolled back", applied=Applied.NO)
                 self._reply(act.ticket, ev.Refusal(error))
         self._reply(event.ticket, self._done())
 
-    def _take_over(self, dump: ev.Dump) -> None:
+    def _take_over(self, dump: Dump) -> None:
         self.engine.restore_state([(key, entries) for key, entries in dump.state], dump.options)
         self.engine.store.write(dump.contents)
         self.version = dump.version

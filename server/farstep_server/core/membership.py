@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from farstep_server.core.events import Member, Outcome, WorkerRow
+from farstep_server.core.records import Member, Outcome, WorkerRow
 from farstep_wire.errors import Applied, FencedError, LeaseError
 from farstep_wire.policy import worker_order
 

@@ -18,10 +18,10 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from farstep_server.core import events as ev
 from farstep_server.core.engine import Engine
 from farstep_server.core.hosted import HostedOptimizer
 from farstep_server.core.identity import Identity
+from farstep_server.core.records import Dump
 from farstep_server.core.registry import OptimizerEntry, Registry
 from farstep_server.hosting.owner import Owner
 from farstep_server.logs import log_event
@@ -235,7 +235,7 @@ class Directory:
         with self._changed:
             self._leave_queue(name, worker)
 
-    def adopt(self, dump: ev.Dump) -> Owner:
+    def adopt(self, dump: Dump) -> Owner:
         """Host what a dump holds, as the same lineage and incarnation.
 
         AlreadyExistsError: the name is hosted, or about to be. ResourceExhaustedError: there is no room for it.

@@ -26,7 +26,7 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 from torch import Tensor
 
-from farstep_server.core.events import Dump, Member, Outcome
+from farstep_server.core.records import Dump, Member, Outcome
 from farstep_server.store import Json, Snapshot
 from farstep_wire.convert import layout_from_proto, layout_to_proto, policy_from_proto, policy_to_proto
 from farstep_wire.errors import StorageError

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from farstep_server.core import events as ev
 from farstep_server.core.hosted import HostedOptimizer
+from farstep_server.core.records import Dump
 from farstep_server.logs import log_event
 from farstep_wire.errors import DeadlineError, FarstepError, RemovedError
 
@@ -121,7 +122,7 @@ class Owner:
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout_seconds)
 
-    def suspend(self, error: FarstepError, timeout_seconds: float) -> ev.Dump:
+    def suspend(self, error: FarstepError, timeout_seconds: float) -> Dump:
         """Stop, and return a dump with everything that was acknowledged: it is taken as the last event of all.
 
         The error, where it had ended before; DeadlineError where the step under way takes longer than the timeout.

@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 from farstep_server.core import events as ev
+from farstep_server.core.records import Dump
 from farstep_server.hosting.directory import Directory
 from farstep_server.hosting.dumps import decode_dump, encode_dump
 from farstep_server.hosting.owner import Owner
@@ -281,7 +282,7 @@ class Snapshotter:
         self._directory.withhold(info.name, "")
         return owner
 
-    def _write_restored(self, owner: Owner, dump: ev.Dump) -> None:
+    def _write_restored(self, owner: Owner, dump: Dump) -> None:
         try:
             self._write(owner, dump, "")
             self._removed.discard(dump.lineage)
@@ -300,7 +301,7 @@ class Snapshotter:
         self._directory.withhold(name, "")
         return count
 
-    def _write(self, owner: Owner, dump: ev.Dump, tag: str) -> SnapshotInfo:
+    def _write(self, owner: Owner, dump: Dump, tag: str) -> SnapshotInfo:
         manifest, tensors = encode_dump(dump)
         with self._lock(dump.name), _storage():
             if owner.ended and not owner.suspended:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from farstep_server.core import events as ev
+from farstep_server.core.records import Description, ParameterRow, StateRow, WorkerRow
 from farstep_wire.errors import ResourceExhaustedError
 from farstep_wire.layout import TensorSpec
 from farstep_wire.limits import MESSAGE_BYTES
@@ -20,7 +20,7 @@ _STANDINGS = {
 }
 
 
-def encode_description(summary: pb.Summary, description: ev.Description) -> pb.Description:
+def encode_description(summary: pb.Summary, description: Description) -> pb.Description:
     """Encode a description; what moves in the summary is taken from it, so that the two agree.
 
     ResourceExhaustedError: the table of parameters takes more than one message may.
@@ -46,7 +46,7 @@ def encode_description(summary: pb.Summary, description: ev.Description) -> pb.D
     return message
 
 
-def _worker(row: ev.WorkerRow) -> pb.Worker:
+def _worker(row: WorkerRow) -> pb.Worker:
     return pb.Worker(
         id=row.worker,
         standing=_STANDINGS[row.standing],
@@ -74,7 +74,7 @@ def _value(value: object, where: str) -> common_pb2.Value:
         return common_pb2.Value(text=repr(value))
 
 
-def _parameter(row: ev.ParameterRow) -> pb.ParameterRow:
+def _parameter(row: ParameterRow) -> pb.ParameterRow:
     return pb.ParameterRow(
         key=row.parameter.key,
         group=row.parameter.group,
@@ -85,7 +85,7 @@ def _parameter(row: ev.ParameterRow) -> pb.ParameterRow:
     )
 
 
-def _state(row: ev.StateRow) -> inspection_pb2.StateRow:
+def _state(row: StateRow) -> inspection_pb2.StateRow:
     if row.norm is None or not isinstance(row.value, Tensor):
         return pb.StateRow(name=row.name, value=_value(row.value, row.name))
     tensor = row.value

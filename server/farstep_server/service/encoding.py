@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from farstep_server.core import events as ev
+from farstep_server.core.records import Outcome
 from farstep_wire import __version__
 from farstep_wire.bundle import BundleBody
 from farstep_wire.convert import edits_to_proto, failure_to_proto, policy_to_proto
@@ -12,10 +13,10 @@ from farstep_wire.v1 import optimizer_pb2 as pb
 from farstep_wire.values import to_map, to_value
 
 _OUTCOMES = {
-    ev.Outcome.COMMITTED: pb.Stepped.OUTCOME_COMMITTED,
-    ev.Outcome.STALE: pb.Stepped.OUTCOME_STALE,
-    ev.Outcome.ROLLED_BACK: pb.Stepped.OUTCOME_ROLLED_BACK,
-    ev.Outcome.SKIPPED: pb.Stepped.OUTCOME_SKIPPED,
+    Outcome.COMMITTED: pb.Stepped.OUTCOME_COMMITTED,
+    Outcome.STALE: pb.Stepped.OUTCOME_STALE,
+    Outcome.ROLLED_BACK: pb.Stepped.OUTCOME_ROLLED_BACK,
+    Outcome.SKIPPED: pb.Stepped.OUTCOME_SKIPPED,
 }
 
 

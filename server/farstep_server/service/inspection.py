@@ -9,6 +9,7 @@ import grpc
 import torch
 
 from farstep_server.core import events as ev
+from farstep_server.core.records import Description
 from farstep_server.hosting.directory import Directory, summary_fields
 from farstep_server.hosting.owner import Owner
 from farstep_server.hosting.snapshots import Snapshotter
@@ -127,7 +128,7 @@ def _describe(owner: Owner, *, parameters: bool) -> pb.Description:
     def event(ticket: ev.Ticket) -> ev.ReadDescription:
         return ev.ReadDescription(ticket, parameters)
 
-    return encode_description(_summary(owner), owner.ask(event, ev.Description, _DESCRIBE_SECONDS))
+    return encode_description(_summary(owner), owner.ask(event, Description, _DESCRIBE_SECONDS))
 
 
 class _Watcher:
