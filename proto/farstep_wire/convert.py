@@ -139,7 +139,7 @@ def policy_to_proto(policy: Policy) -> pb.Policy:
     if isinstance(policy, Async):
         message = pb.Policy()
         # The field's name is a keyword of Python.
-        getattr(message, "async").CopyFrom(pb.Async(max_staleness=policy.max_staleness))
+        getattr(message, "async").CopyFrom(pb.Async(max_staleness=policy.max_staleness, scale_lr=policy.scale_lr))
         return message
     timeout = 0 if policy.timeout is None else max(1, round(_seconds(policy.timeout) * 1000))
     return pb.Policy(sync=pb.Sync(workers=policy.workers, min_workers=policy.min_workers or 0, timeout_ms=timeout))
@@ -160,7 +160,7 @@ def policy_from_proto(message: pb.Policy) -> Policy:
             return Sync(sync.workers, sync.min_workers or None, timeout)
         case "async":
             relaxed = getattr(message, "async")
-            return Async(relaxed.max_staleness if relaxed.HasField("max_staleness") else None)
+            return Async(relaxed.max_staleness if relaxed.HasField("max_staleness") else None, relaxed.scale_lr)
     raise ValueError("policy is not set")
 
 

@@ -21,6 +21,8 @@
         ├── RollbackError                      acknowledged steps are gone: the server is back at an older version
         ├── StepFailedError                    the optimizer raised; the step was rolled back
         ├── ClosureError                       a closure failed or its worker died; the step was rolled back
+        ├── NonFiniteError (ArithmeticError)   a gradient has an infinity or NaN, and the guard is set to raise
+        ├── GradientsLostError                 what this worker had accumulated on the server is gone
         ├── StorageError                       a snapshot could not be written or read
         ├── DrainingError                      the server is shutting down
         └── InternalError                      a defect of farstep
@@ -181,6 +183,18 @@ class ClosureError(RefusedError):
     code = "CLOSURE"
 
 
+class NonFiniteError(RefusedError, ArithmeticError):
+    """A gradient has an infinity or NaN, and the hosted optimizer's non-finite guard is set to raise. Nobody stepped."""
+
+    code = "NON_FINITE"
+
+
+class GradientsLostError(RefusedError):
+    """Gradients that this worker had accumulated on the server are gone; its contribution was not used."""
+
+    code = "GRADIENTS_LOST"
+
+
 class StorageError(RefusedError):
     """A snapshot could not be written or read."""
 
@@ -227,6 +241,8 @@ _ROWS = (
     ErrorRow(RollbackError, "ABORTED"),
     ErrorRow(StepFailedError, "FAILED_PRECONDITION"),
     ErrorRow(ClosureError, "ABORTED"),
+    ErrorRow(NonFiniteError, "FAILED_PRECONDITION"),
+    ErrorRow(GradientsLostError, "ABORTED"),
     ErrorRow(StorageError, "INTERNAL"),
     ErrorRow(DrainingError, "UNAVAILABLE"),
     ErrorRow(InternalError, "INTERNAL"),

@@ -43,10 +43,13 @@ class Sync:
 class Async:
     """Each contribution is a round of its own.
 
-    ``max_staleness``: steps that a worker may run ahead of the slowest live one; None: any number.
+    ``max_staleness``: steps that a worker may run ahead of the slowest live one, as in stale-synchronous parallel (Ho et
+    al. 2013); None: any number. ``scale_lr``: divide the learning rate of each step by the staleness of its gradients, the
+    number of steps committed since the version they were taken at (Zhang et al. 2016).
     """
 
     max_staleness: int | None = None
+    scale_lr: bool = False
 
     def __post_init__(self) -> None:
         if self.max_staleness is not None and (not isinstance(self.max_staleness, int) or self.max_staleness < 0):

@@ -27,12 +27,14 @@ from farstep_server.service.checkpoint import CheckpointService
 from farstep_server.service.failures import FailureInterceptor
 from farstep_server.service.inspection import InspectionService
 from farstep_server.service.optimizer import OptimizerService
+from farstep_server.service.steering import SteeringService
 from farstep_server.store import SnapshotStore, StoreError
 from farstep_wire.errors import Applied, ConfigurationError, DrainingError, StorageError
 from farstep_wire.limits import MESSAGE_BYTES
-from farstep_wire.v1 import checkpoint_pb2, inspection_pb2, optimizer_pb2
+from farstep_wire.v1 import checkpoint_pb2, inspection_pb2, optimizer_pb2, steering_pb2
 from farstep_wire.v1.checkpoint_pb2_grpc import add_CheckpointServiceServicer_to_server as add_checkpoint
 from farstep_wire.v1.inspection_pb2_grpc import add_InspectionServiceServicer_to_server as add_inspection
+from farstep_wire.v1.steering_pb2_grpc import add_SteeringServiceServicer_to_server as add_steering
 
 _LOGGER = logging.getLogger(__name__)
 _UNARY_THREADS = 32
@@ -95,8 +97,11 @@ class App:
         server.add_generic_rpc_handlers((OptimizerService(self.directory).handler(),))
         add_inspection(InspectionService(self.directory, self.snapshots), server)
         add_checkpoint(CheckpointService(self.snapshots), server)
+        add_steering(SteeringService(self.directory), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        files = (optimizer_pb2.DESCRIPTOR, inspection_pb2.DESCRIPTOR, checkpoint_pb2.DESCRIPTOR)
+        files = (
+            optimizer_pb2.DESCRIPTOR, inspection_pb2.DESCRIPTOR, checkpoint_pb2.DESCRIPTOR, steering_pb2.DESCRIPTOR
+        )  # fmt: skip
         own = [service.full_name for file in files for service in file.services_by_name.values()]
         reflection.enable_server_reflection([*own, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
         return server

@@ -9,11 +9,22 @@ import pytest
 import torch
 
 from farstep_server.core import events as ev
-from farstep_server.core.records import Outcome
+from farstep_server.core.records import Description, Outcome
 from farstep_server.hosting.owner import Owner
-from farstep_wire.errors import ClosureError, FencedError, MismatchError
+from farstep_wire.errors import Applied, ClosureError, FencedError, MismatchError
 from farstep_wire.policy import Async, Sync
-from tests.server.harness import LAYOUT, Inbox, Machine, blueprint, contribution, host, join, parameters, step
+from tests.server.harness import (
+    LAYOUT,
+    WAIT_SECONDS,
+    Inbox,
+    Machine,
+    blueprint,
+    contribution,
+    host,
+    join,
+    parameters,
+    step,
+)
 
 
 @pytest.fixture
@@ -120,35 +131,74 @@ def test_a_worker_that_abstains_holds_up_nobody(machine: Machine) -> None:
     join(owner)
     join(owner, "1")
     for sequence in range(1, 4):
-        assert step(owner, sequence).outcome is Outcome.COMMITTED
+        ahead = Inbox()
+        owner.post(contribution(owner, ahead, sequence))
         assert step(owner, sequence, worker="1", abstain=True).outcome is Outcome.SKIPPED
+        assert outcome(ahead) == (Outcome.COMMITTED, sequence)
 
 
-def test_a_contribution_that_waits_is_applied_once_though_sent_twice(machine: Machine) -> None:
+def test_who_runs_ahead_gets_the_parameters_of_the_moment_when_the_slowest_has_caught_up(machine: Machine) -> None:
     owner = host(machine.directory, blueprint(policy=Async(max_staleness=0)))
     join(owner)
     join(owner, "1")
-    step(owner, 1)
-    lost, again = Inbox(), Inbox()
-    owner.post(contribution(owner, lost, 2))
-    assert join(owner, lineage=owner.hosted.identity.lineage).resumed
-    owner.post(contribution(owner, again, 2, epoch=2))
-    assert step(owner, 1, worker="1").version == 2
-    reply = again.take()
+    ahead = Inbox()
+    owner.post(contribution(owner, ahead, 1))
+    owner.ask(ev.ReadDescription, Description, WAIT_SECONDS)
+    assert (owner.hosted.version, ahead.empty) == (1, True)  # applied at once, answered later
+    step(owner, 1, worker="1")
+    reply = ahead.take()
     assert isinstance(reply, ev.StepReply)
-    assert (reply.outcome, reply.version) == (Outcome.COMMITTED, 3)
-    assert owner.hosted.version == 3
+    assert (reply.outcome, reply.version, reply.staleness) == (Outcome.COMMITTED, 2, 0)
 
 
-def test_a_contribution_that_waits_goes_with_its_worker(machine: Machine) -> None:
+def test_an_answer_that_waits_is_given_to_who_asks_again(machine: Machine) -> None:
     owner = host(machine.directory, blueprint(policy=Async(max_staleness=0)))
     join(owner)
     join(owner, "1")
-    step(owner, 1)
-    waiting = Inbox()
-    owner.post(contribution(owner, waiting, 2))
+    lost, again = Inbox(), Inbox()
+    owner.post(contribution(owner, lost, 1))
+    assert join(owner, lineage=owner.hosted.identity.lineage).resumed
+    owner.post(contribution(owner, again, 1, epoch=2))
+    assert step(owner, 1, worker="1").version == 2
+    assert outcome(again) == (Outcome.COMMITTED, 2)
+    assert owner.hosted.version == 2
+    assert lost.empty
+
+
+def test_who_does_not_wait_for_the_answer_is_held_back_at_the_next_step(machine: Machine) -> None:
+    owner = host(machine.directory, blueprint(policy=Async(max_staleness=0)))
+    join(owner)
+    join(owner, "1")
+    first, second = Inbox(), Inbox()
+    owner.post(contribution(owner, first, 1))
+    owner.post(contribution(owner, second, 2))
+    owner.ask(ev.ReadDescription, Description, WAIT_SECONDS)
+    assert owner.hosted.version == 1
+    step(owner, 1, worker="1")
+    assert outcome(first) == (Outcome.COMMITTED, 2)
+    step(owner, 2, worker="1")
+    assert outcome(second) == (Outcome.COMMITTED, 4)
+    [*_, last] = owner.hosted.decisions.history.after(0)
+    assert max(part.ahead for part in last.parts) == 0
+
+
+@pytest.mark.parametrize("applied", [Applied.YES, Applied.NO])
+def test_what_waits_goes_with_its_worker(applied: Applied, machine: Machine) -> None:
+    owner = host(machine.directory, blueprint(policy=Async(max_staleness=0)))
+    join(owner)
+    join(owner, "1")
+    first, second = Inbox(), Inbox()
+    owner.post(contribution(owner, first, 1))
+    owner.post(contribution(owner, second, 2))
     owner.post(ev.Leave(None, "0", 1))
-    refusal = waiting.take()
+    refusal = (first if applied is Applied.YES else second).take()
     assert isinstance(refusal, ev.Refusal)
     assert isinstance(refusal.error, FencedError)
+    assert refusal.error.applied is applied
     assert step(owner, 1, worker="1").version == 2
+
+
+def outcome(inbox: Inbox) -> tuple[Outcome, int]:
+    reply = inbox.take()
+    assert isinstance(reply, ev.StepReply)
+    return reply.outcome, reply.version

@@ -517,16 +517,20 @@ class Async(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MAX_STALENESS_FIELD_NUMBER: _builtins.int
+    SCALE_LR_FIELD_NUMBER: _builtins.int
     max_staleness: _builtins.int
     """Steps a worker may run ahead of the slowest live one; absent: any number."""
+    scale_lr: _builtins.bool
+    """Whether the learning rate of a step is divided by the staleness of its gradients."""
     def __init__(
         self,
         *,
         max_staleness: _builtins.int | None = ...,
+        scale_lr: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_staleness", b"_max_staleness", "max_staleness", b"max_staleness"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_staleness", b"_max_staleness", "max_staleness", b"max_staleness"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_staleness", b"_max_staleness", "max_staleness", b"max_staleness", "scale_lr", b"scale_lr"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_staleness: _TypeAlias = _typing.Literal["max_staleness"]  # noqa: Y015
     _WhichOneofArgType__max_staleness: _TypeAlias = _typing.Literal["_max_staleness", b"_max_staleness"]  # noqa: Y015

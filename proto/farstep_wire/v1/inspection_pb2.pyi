@@ -255,12 +255,17 @@ class Description(_message.Message):
     ARGUMENTS_FIELD_NUMBER: _builtins.int
     LAST_STEP_SECONDS_FIELD_NUMBER: _builtins.int
     STALE_CONTRIBUTIONS_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
+    SCHEDULES_FIELD_NUMBER: _builtins.int
+    AVERAGED_FIELD_NUMBER: _builtins.int
     state_bytes: _builtins.int
     """Bytes of optimizer state."""
     last_step_seconds: _builtins.float
     """Seconds that the last committed step took on the server; 0 before the first."""
     stale_contributions: _builtins.int
     """Contributions that came for a round that was over."""
+    averaged: _builtins.int
+    """Steps that the exponential moving average has taken in; 0: there is none."""
     @_builtins.property
     def summary(self) -> Global___Summary:
         """The line."""
@@ -285,6 +290,14 @@ class Description(_message.Message):
     def arguments(self) -> _common_pb2.ValueMap:
         """The arguments that the constructor was given."""
 
+    @_builtins.property
+    def settings(self) -> _common_pb2.ValueMap:
+        """What is done on the server around each step."""
+
+    @_builtins.property
+    def schedules(self) -> _containers.RepeatedCompositeFieldContainer[Global___Schedule]:
+        """Learning-rate schedules that live on the server, in the order of their declaration."""
+
     def __init__(
         self,
         *,
@@ -297,14 +310,55 @@ class Description(_message.Message):
         arguments: _common_pb2.ValueMap | None = ...,
         last_step_seconds: _builtins.float = ...,
         stale_contributions: _builtins.int = ...,
+        settings: _common_pb2.ValueMap | None = ...,
+        schedules: _abc.Iterable[Global___Schedule] | None = ...,
+        averaged: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "summary", b"summary"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "settings", b"settings", "summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "group_sizes", b"group_sizes", "groups", b"groups", "last_step_seconds", b"last_step_seconds", "parameters", b"parameters", "stale_contributions", b"stale_contributions", "state_bytes", b"state_bytes", "summary", b"summary", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "averaged", b"averaged", "group_sizes", b"group_sizes", "groups", b"groups", "last_step_seconds", b"last_step_seconds", "parameters", b"parameters", "schedules", b"schedules", "settings", b"settings", "stale_contributions", b"stale_contributions", "state_bytes", b"state_bytes", "summary", b"summary", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Description: _TypeAlias = Description  # noqa: Y015
+
+@_typing.final
+class Schedule(_message.Message):
+    """A learning-rate schedule on the server."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCHEDULER_FIELD_NUMBER: _builtins.int
+    EVERY_FIELD_NUMBER: _builtins.int
+    LAST_EPOCH_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
+    scheduler: _builtins.str
+    """The class in torch.optim.lr_scheduler."""
+    every: _builtins.int
+    """Versions per step of the schedule."""
+    last_epoch: _builtins.int
+    """Steps it has taken, as torch counts them."""
+    ended: _builtins.str
+    """Why it has ended; empty while it runs."""
+    part: _builtins.bool
+    """Whether another schedule (SequentialLR, ChainedScheduler) steps it."""
+    def __init__(
+        self,
+        *,
+        scheduler: _builtins.str = ...,
+        every: _builtins.int = ...,
+        last_epoch: _builtins.int = ...,
+        ended: _builtins.str = ...,
+        part: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "every", b"every", "last_epoch", b"last_epoch", "part", b"part", "scheduler", b"scheduler"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Schedule: _TypeAlias = Schedule  # noqa: Y015
 
 @_typing.final
 class Worker(_message.Message):
@@ -351,6 +405,8 @@ class Worker(_message.Message):
     STALE_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     LEASE_SECONDS_FIELD_NUMBER: _builtins.int
+    ROUND_TRIP_SECONDS_FIELD_NUMBER: _builtins.int
+    STALENESS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Its id."""
     standing: Global___Worker.Standing.ValueType
@@ -367,6 +423,10 @@ class Worker(_message.Message):
     """Raised by each attach."""
     lease_seconds: _builtins.float
     """Seconds until its lease runs out, if it sends nothing; negative once it has."""
+    round_trip_seconds: _builtins.float
+    """Seconds of its last bare round trip, as it measured it; 0: not measured yet."""
+    staleness: _builtins.int
+    """Staleness of its last contribution under Async, in versions."""
     def __init__(
         self,
         *,
@@ -378,10 +438,12 @@ class Worker(_message.Message):
         stale: _builtins.int = ...,
         epoch: _builtins.int = ...,
         lease_seconds: _builtins.float = ...,
+        round_trip_seconds: _builtins.float = ...,
+        staleness: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abstentions", b"abstentions", "contributions", b"contributions", "epoch", b"epoch", "id", b"id", "lease_seconds", b"lease_seconds", "stale", b"stale", "standing", b"standing", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abstentions", b"abstentions", "contributions", b"contributions", "epoch", b"epoch", "id", b"id", "lease_seconds", b"lease_seconds", "round_trip_seconds", b"round_trip_seconds", "stale", b"stale", "staleness", b"staleness", "standing", b"standing", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -554,3 +616,193 @@ class RemoveReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RemoveReply: _TypeAlias = RemoveReply  # noqa: Y015
+
+@_typing.final
+class HistoryRequest(_message.Message):
+    """Which rounds to tell."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The hosted optimizer's name."""
+    after: _builtins.int
+    """Only rounds after this one; 0: all that are kept."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        after: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HistoryRequest: _TypeAlias = HistoryRequest  # noqa: Y015
+
+@_typing.final
+class Round(_message.Message):
+    """One round, or another act that all workers took part in."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Kind:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _KindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Round._Kind.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        KIND_UNSPECIFIED: Round._Kind.ValueType  # 0
+        """Never sent."""
+        KIND_STEP: Round._Kind.ValueType  # 1
+        """A step."""
+        KIND_LOAD_STATE: Round._Kind.ValueType  # 2
+        """load_state_dict."""
+        KIND_ADD_PARAM_GROUP: Round._Kind.ValueType  # 3
+        """add_param_group."""
+        KIND_RESTORE: Round._Kind.ValueType  # 4
+        """A snapshot was restored."""
+
+    class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
+        """What it was."""
+
+    KIND_UNSPECIFIED: Round.Kind.ValueType  # 0
+    """Never sent."""
+    KIND_STEP: Round.Kind.ValueType  # 1
+    """A step."""
+    KIND_LOAD_STATE: Round.Kind.ValueType  # 2
+    """load_state_dict."""
+    KIND_ADD_PARAM_GROUP: Round.Kind.ValueType  # 3
+    """add_param_group."""
+    KIND_RESTORE: Round.Kind.ValueType  # 4
+    """A snapshot was restored."""
+
+    class _Outcome:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _OutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Round._Outcome.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        OUTCOME_UNSPECIFIED: Round._Outcome.ValueType  # 0
+        """Never sent."""
+        OUTCOME_COMMITTED: Round._Outcome.ValueType  # 1
+        """It took effect."""
+        OUTCOME_SKIPPED: Round._Outcome.ValueType  # 2
+        """There was no step, and none was lost: everybody abstained, or the non-finite guard skipped it."""
+        OUTCOME_ROLLED_BACK: Round._Outcome.ValueType  # 3
+        """It began, and was undone."""
+        OUTCOME_REFUSED: Round._Outcome.ValueType  # 4
+        """It was refused before it began."""
+
+    class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper):
+        """How it ended."""
+
+    OUTCOME_UNSPECIFIED: Round.Outcome.ValueType  # 0
+    """Never sent."""
+    OUTCOME_COMMITTED: Round.Outcome.ValueType  # 1
+    """It took effect."""
+    OUTCOME_SKIPPED: Round.Outcome.ValueType  # 2
+    """There was no step, and none was lost: everybody abstained, or the non-finite guard skipped it."""
+    OUTCOME_ROLLED_BACK: Round.Outcome.ValueType  # 3
+    """It began, and was undone."""
+    OUTCOME_REFUSED: Round.Outcome.ValueType  # 4
+    """It was refused before it began."""
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
+    EVALUATIONS_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Its number in this life of the server, from 1."""
+    version: _builtins.int
+    """The version after it."""
+    incarnation: _builtins.int
+    """The incarnation of that version."""
+    kind: Global___Round.Kind.ValueType
+    """What it was."""
+    outcome: Global___Round.Outcome.ValueType
+    """How it ended."""
+    evaluations: _builtins.int
+    """Evaluations that the closure-driven step asked for."""
+    seconds: _builtins.float
+    """Seconds from its last act to its end."""
+    reason: _builtins.str
+    """Why it was skipped, refused or rolled back."""
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Part]:
+        """Who took part, in worker order."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        version: _builtins.int = ...,
+        incarnation: _builtins.int = ...,
+        kind: Global___Round.Kind.ValueType = ...,
+        outcome: Global___Round.Outcome.ValueType = ...,
+        parts: _abc.Iterable[Global___Part] | None = ...,
+        evaluations: _builtins.int = ...,
+        seconds: _builtins.float = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluations", b"evaluations", "incarnation", b"incarnation", "kind", b"kind", "number", b"number", "outcome", b"outcome", "parts", b"parts", "reason", b"reason", "seconds", b"seconds", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Round: _TypeAlias = Round  # noqa: Y015
+
+@_typing.final
+class Part(_message.Message):
+    """A worker's part in a round."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    ABSTAINED_FIELD_NUMBER: _builtins.int
+    NUM_SAMPLES_FIELD_NUMBER: _builtins.int
+    STALENESS_FIELD_NUMBER: _builtins.int
+    AHEAD_FIELD_NUMBER: _builtins.int
+    EVALUATIONS_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    """The worker."""
+    sequence: _builtins.int
+    """Number of its contribution."""
+    abstained: _builtins.bool
+    """Whether it abstained."""
+    num_samples: _builtins.float
+    """Weight in the mean; 0: not given."""
+    staleness: _builtins.int
+    """Versions committed between the one its gradients were taken at and this round."""
+    ahead: _builtins.int
+    """Steps that it was ahead of the slowest live worker when the round began."""
+    evaluations: _builtins.int
+    """Evaluations that it has answered."""
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+        sequence: _builtins.int = ...,
+        abstained: _builtins.bool = ...,
+        num_samples: _builtins.float = ...,
+        staleness: _builtins.int = ...,
+        ahead: _builtins.int = ...,
+        evaluations: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abstained", b"abstained", "ahead", b"ahead", "evaluations", b"evaluations", "num_samples", b"num_samples", "sequence", b"sequence", "staleness", b"staleness", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Part: _TypeAlias = Part  # noqa: Y015

@@ -55,6 +55,11 @@ class InspectionServiceStub:
                 request_serializer=farstep__wire_dot_v1_dot_inspection__pb2.WatchRequest.SerializeToString,
                 response_deserializer=farstep__wire_dot_v1_dot_inspection__pb2.Description.FromString,
                 _registered_method=True)
+        self.History = channel.unary_stream(
+                '/farstep.v1.InspectionService/History',
+                request_serializer=farstep__wire_dot_v1_dot_inspection__pb2.HistoryRequest.SerializeToString,
+                response_deserializer=farstep__wire_dot_v1_dot_inspection__pb2.Round.FromString,
+                _registered_method=True)
         self.Remove = channel.unary_unary(
                 '/farstep.v1.InspectionService/Remove',
                 request_serializer=farstep__wire_dot_v1_dot_inspection__pb2.RemoveRequest.SerializeToString,
@@ -94,6 +99,13 @@ class InspectionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def History(self, request, context):
+        """What its last rounds were and who took part in them, oldest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Remove(self, request, context):
         """Removes a hosted optimizer; its workers get an error at their next call.
         """
@@ -123,6 +135,11 @@ def add_InspectionServiceServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=farstep__wire_dot_v1_dot_inspection__pb2.WatchRequest.FromString,
                     response_serializer=farstep__wire_dot_v1_dot_inspection__pb2.Description.SerializeToString,
+            ),
+            'History': grpc.unary_stream_rpc_method_handler(
+                    servicer.History,
+                    request_deserializer=farstep__wire_dot_v1_dot_inspection__pb2.HistoryRequest.FromString,
+                    response_serializer=farstep__wire_dot_v1_dot_inspection__pb2.Round.SerializeToString,
             ),
             'Remove': grpc.unary_unary_rpc_method_handler(
                     servicer.Remove,
@@ -239,6 +256,33 @@ class InspectionService:
             '/farstep.v1.InspectionService/Watch',
             farstep__wire_dot_v1_dot_inspection__pb2.WatchRequest.SerializeToString,
             farstep__wire_dot_v1_dot_inspection__pb2.Description.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def History(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/farstep.v1.InspectionService/History',
+            farstep__wire_dot_v1_dot_inspection__pb2.HistoryRequest.SerializeToString,
+            farstep__wire_dot_v1_dot_inspection__pb2.Round.FromString,
             options,
             channel_credentials,
             insecure,

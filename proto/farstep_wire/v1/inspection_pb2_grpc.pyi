@@ -41,6 +41,8 @@ class InspectionServiceStub:
     """One hosted optimizer in full."""
     Watch: _grpc.UnaryStreamMultiCallable[_inspection_pb2.WatchRequest, _inspection_pb2.Description]
     """A description now and after each change, no faster than asked for."""
+    History: _grpc.UnaryStreamMultiCallable[_inspection_pb2.HistoryRequest, _inspection_pb2.Round]
+    """What its last rounds were and who took part in them, oldest first."""
     Remove: _grpc.UnaryUnaryMultiCallable[_inspection_pb2.RemoveRequest, _inspection_pb2.RemoveReply]
     """Removes a hosted optimizer; its workers get an error at their next call."""
 
@@ -57,6 +59,8 @@ class InspectionServiceAsyncStub(InspectionServiceStub):
     """One hosted optimizer in full."""
     Watch: _aio.UnaryStreamMultiCallable[_inspection_pb2.WatchRequest, _inspection_pb2.Description]  # type: ignore[assignment]
     """A description now and after each change, no faster than asked for."""
+    History: _aio.UnaryStreamMultiCallable[_inspection_pb2.HistoryRequest, _inspection_pb2.Round]  # type: ignore[assignment]
+    """What its last rounds were and who took part in them, oldest first."""
     Remove: _aio.UnaryUnaryMultiCallable[_inspection_pb2.RemoveRequest, _inspection_pb2.RemoveReply]  # type: ignore[assignment]
     """Removes a hosted optimizer; its workers get an error at their next call."""
 
@@ -94,6 +98,14 @@ class InspectionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inspection_pb2.Description], _abc.AsyncIterator[_inspection_pb2.Description]]:
         """A description now and after each change, no faster than asked for."""
+
+    @_abc_1.abstractmethod
+    def History(
+        self,
+        request: _inspection_pb2.HistoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_inspection_pb2.Round], _abc.AsyncIterator[_inspection_pb2.Round]]:
+        """What its last rounds were and who took part in them, oldest first."""
 
     @_abc_1.abstractmethod
     def Remove(

@@ -66,6 +66,7 @@ class ClientFrame(_message.Message):
     ADD_PARAM_GROUP_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     LEAVE_FIELD_NUMBER: _builtins.int
+    ACCUMULATE_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
@@ -121,6 +122,10 @@ class ClientFrame(_message.Message):
     def leave(self) -> Global___Leave:
         """Ends this worker's membership."""
 
+    @_builtins.property
+    def accumulate(self) -> Global___Accumulate:
+        """Adds gradients to what this worker has accumulated. Bytes: the gradients, as for Contribution."""
+
     def __init__(
         self,
         *,
@@ -136,15 +141,16 @@ class ClientFrame(_message.Message):
         add_param_group: Global___AddParamGroup | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
         leave: Global___Leave | None = ...,
+        accumulate: Global___Accumulate | None = ...,
         total_bytes: _builtins.int = ...,
         offset: _builtins.int = ...,
         payload: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["add_param_group", b"add_param_group", "attach", b"attach", "body", b"body", "contribution", b"contribution", "evaluation", b"evaluation", "get_state", b"get_state", "heartbeat", b"heartbeat", "leave", b"leave", "load_state", b"load_state", "pull", b"pull", "upload", b"upload", "zero_grad", b"zero_grad"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accumulate", b"accumulate", "add_param_group", b"add_param_group", "attach", b"attach", "body", b"body", "contribution", b"contribution", "evaluation", b"evaluation", "get_state", b"get_state", "heartbeat", b"heartbeat", "leave", b"leave", "load_state", b"load_state", "pull", b"pull", "upload", b"upload", "zero_grad", b"zero_grad"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_param_group", b"add_param_group", "attach", b"attach", "body", b"body", "contribution", b"contribution", "evaluation", b"evaluation", "get_state", b"get_state", "heartbeat", b"heartbeat", "leave", b"leave", "load_state", b"load_state", "offset", b"offset", "payload", b"payload", "pull", b"pull", "request", b"request", "total_bytes", b"total_bytes", "upload", b"upload", "zero_grad", b"zero_grad"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accumulate", b"accumulate", "add_param_group", b"add_param_group", "attach", b"attach", "body", b"body", "contribution", b"contribution", "evaluation", b"evaluation", "get_state", b"get_state", "heartbeat", b"heartbeat", "leave", b"leave", "load_state", b"load_state", "offset", b"offset", "payload", b"payload", "pull", b"pull", "request", b"request", "total_bytes", b"total_bytes", "upload", b"upload", "zero_grad", b"zero_grad"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["attach", "upload", "contribution", "evaluation", "zero_grad", "pull", "get_state", "load_state", "add_param_group", "heartbeat", "leave"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["attach", "upload", "contribution", "evaluation", "zero_grad", "pull", "get_state", "load_state", "add_param_group", "heartbeat", "leave", "accumulate"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -249,6 +255,7 @@ class Attach(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     WAIT_MS_FIELD_NUMBER: _builtins.int
     DEFAULT_DTYPE_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     """The client's revision of this protocol."""
     client_version: _builtins.str
@@ -283,6 +290,10 @@ class Attach(_message.Message):
     def policy(self) -> _common_pb2.Policy:
         """How contributions become rounds."""
 
+    @_builtins.property
+    def settings(self) -> _common_pb2.ValueMap:
+        """What is done on the server around each step; absent: the worker does not say."""
+
     def __init__(
         self,
         *,
@@ -301,10 +312,11 @@ class Attach(_message.Message):
         version: _builtins.int = ...,
         wait_ms: _builtins.int = ...,
         default_dtype: _builtins.str = ...,
+        settings: _common_pb2.ValueMap | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "policy", b"policy"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "policy", b"policy", "settings", b"settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "client_version", b"client_version", "default_dtype", b"default_dtype", "ephemeral", b"ephemeral", "incarnation", b"incarnation", "instance", b"instance", "lineage", b"lineage", "name", b"name", "on_existing", b"on_existing", "optimizer", b"optimizer", "policy", b"policy", "protocol", b"protocol", "version", b"version", "wait_ms", b"wait_ms", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "client_version", b"client_version", "default_dtype", b"default_dtype", "ephemeral", b"ephemeral", "incarnation", b"incarnation", "instance", b"instance", "lineage", b"lineage", "name", b"name", "on_existing", b"on_existing", "optimizer", b"optimizer", "policy", b"policy", "protocol", b"protocol", "settings", b"settings", "version", b"version", "wait_ms", b"wait_ms", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -583,6 +595,7 @@ class Contribution(_message.Message):
     CLOSURE_FIELD_NUMBER: _builtins.int
     OMIT_PARAMETERS_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
+    ACCUMULATED_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The session's epoch."""
     sequence: _builtins.int
@@ -599,6 +612,8 @@ class Contribution(_message.Message):
     """Leave the parameters out of the reply."""
     incarnation: _builtins.int
     """The incarnation that the version belongs to."""
+    accumulated: _builtins.int
+    """How many Accumulates of this worker belong to the contribution, so that none is missing unnoticed."""
     @_builtins.property
     def forms(self) -> _containers.RepeatedCompositeFieldContainer[Global___GradientForm]:
         """The exceptions among the gradients."""
@@ -625,14 +640,47 @@ class Contribution(_message.Message):
         closure: _builtins.bool = ...,
         omit_parameters: _builtins.bool = ...,
         incarnation: _builtins.int = ...,
+        accumulated: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abstain", b"abstain", "closure", b"closure", "edited_parameters", b"edited_parameters", "edits", b"edits", "epoch", b"epoch", "forms", b"forms", "incarnation", b"incarnation", "num_samples", b"num_samples", "omit_parameters", b"omit_parameters", "sequence", b"sequence", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abstain", b"abstain", "accumulated", b"accumulated", "closure", b"closure", "edited_parameters", b"edited_parameters", "edits", b"edits", "epoch", b"epoch", "forms", b"forms", "incarnation", b"incarnation", "num_samples", b"num_samples", "omit_parameters", b"omit_parameters", "sequence", b"sequence", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Contribution: _TypeAlias = Contribution  # noqa: Y015
+
+@_typing.final
+class Accumulate(_message.Message):
+    """Gradients that wait on the server for the worker's next contribution, which they are added to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    FORMS_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """The session's epoch."""
+    sequence: _builtins.int
+    """Number of the act for this client object; shares the sequence of contributions."""
+    @_builtins.property
+    def forms(self) -> _containers.RepeatedCompositeFieldContainer[Global___GradientForm]:
+        """The exceptions among the gradients."""
+
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        sequence: _builtins.int = ...,
+        forms: _abc.Iterable[Global___GradientForm] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "forms", b"forms", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Accumulate: _TypeAlias = Accumulate  # noqa: Y015
 
 @_typing.final
 class Evaluation(_message.Message):
@@ -708,12 +756,17 @@ class Pull(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    AVERAGE_FIELD_NUMBER: _builtins.int
+    average: _builtins.str
+    """Empty: the parameters themselves. "ema": their exponential moving average."""
     def __init__(
         self,
+        *,
+        average: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["average", b"average"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -811,12 +864,17 @@ class Heartbeat(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    ROUND_TRIP_SECONDS_FIELD_NUMBER: _builtins.int
+    round_trip_seconds: _builtins.float
+    """Seconds of the worker's last bare round trip; 0: none was measured."""
     def __init__(
         self,
+        *,
+        round_trip_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["round_trip_seconds", b"round_trip_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -860,7 +918,7 @@ class Stepped(_message.Message):
         OUTCOME_ROLLED_BACK: Stepped._Outcome.ValueType  # 3
         """The hosted optimizer was rolled back in between; it was not used."""
         OUTCOME_SKIPPED: Stepped._Outcome.ValueType  # 4
-        """Every worker abstained: no step."""
+        """No step: every worker abstained, or the non-finite guard skipped it."""
 
     class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper):
         """What became of a contribution."""
@@ -874,7 +932,7 @@ class Stepped(_message.Message):
     OUTCOME_ROLLED_BACK: Stepped.Outcome.ValueType  # 3
     """The hosted optimizer was rolled back in between; it was not used."""
     OUTCOME_SKIPPED: Stepped.Outcome.ValueType  # 4
-    """Every worker abstained: no step."""
+    """No step: every worker abstained, or the non-finite guard skipped it."""
 
     OUTCOME_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
@@ -884,6 +942,7 @@ class Stepped(_message.Message):
     PARAMETERS_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
     STALENESS_FIELD_NUMBER: _builtins.int
+    NOTICE_FIELD_NUMBER: _builtins.int
     outcome: Global___Stepped.Outcome.ValueType
     """What became of it."""
     version: _builtins.int
@@ -896,6 +955,8 @@ class Stepped(_message.Message):
     """The incarnation of that version."""
     staleness: _builtins.int
     """Steps that were committed between the version the gradients were taken at and the one they made."""
+    notice: _builtins.str
+    """What else the worker should know: why a step was skipped, or that a schedule on the server has ended. Empty: nothing."""
     @_builtins.property
     def edits(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupEdit]:
         """Options that the optimizer itself, or another worker, changed."""
@@ -915,10 +976,11 @@ class Stepped(_message.Message):
         parameters: _builtins.bool = ...,
         incarnation: _builtins.int = ...,
         staleness: _builtins.int = ...,
+        notice: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["loss", b"loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["contributions", b"contributions", "edits", b"edits", "incarnation", b"incarnation", "loss", b"loss", "outcome", b"outcome", "parameters", b"parameters", "staleness", b"staleness", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contributions", b"contributions", "edits", b"edits", "incarnation", b"incarnation", "loss", b"loss", "notice", b"notice", "outcome", b"outcome", "parameters", b"parameters", "staleness", b"staleness", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -6,7 +6,7 @@ from farstep_server.core.engine import Engine
 from farstep_server.core.events import Join
 from farstep_server.core.identity import Identity
 from farstep_server.core.membership import Membership
-from farstep_server.core.options import frozen_options
+from farstep_server.core.pipeline import Pipeline
 from farstep_wire.errors import Applied, FencedError, LayoutMismatchError, MismatchError, RollbackError
 from farstep_wire.plain import same_value
 
@@ -23,9 +23,16 @@ def check_same(identity: Identity, engine: Engine, event: Join) -> None:
         raise MismatchError(f"{name!r} has the policy {identity.policy}; worker {event.worker} asks for {event.policy}")
 
 
-def check_options(identity: Identity, engine: Engine, event: Join) -> None:
-    """MismatchError names the option in which a worker differs from the others, and both values."""
-    mine = frozen_options(engine.optimizer)
+def check_options(identity: Identity, pipeline: Pipeline, event: Join) -> None:
+    """MismatchError names the option or setting in which a worker differs from the others, and both values."""
+    if event.settings is not None and event.settings != pipeline.settings:
+        own, theirs = pipeline.settings.as_dict(), event.settings.as_dict()
+        key = next(key for key in own if own[key] != theirs[key])
+        raise MismatchError(
+            f"{identity.name!r}: settings.{key} is {own[key]!r} on the server; worker {event.worker} has {theirs[key]!r}. "
+            f"Give each worker the same settings, or none"
+        )
+    mine = pipeline.options_of_creation()
     for number, (group, theirs) in enumerate(zip(mine, event.options, strict=True)):
         for key in sorted(group.keys() | theirs.keys()):
             if not same_value(group.get(key), theirs.get(key)):

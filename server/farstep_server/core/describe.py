@@ -33,9 +33,12 @@ def description(hosted: HostedOptimizer, waiting: set[str], now: float, *, param
         options=frozen_options(engine.optimizer),
         workers=hosted.members.rows(waiting, now),
         state_bytes=state_bytes(dict(engine.optimizer.state)),
-        last_step_seconds=hosted.last_step_seconds,
+        last_step_seconds=hosted.decisions.last_step_seconds,
         stale=hosted.stale,
         rows=parameter_rows(engine) if parameters else [],
+        settings=hosted.pipeline.settings,
+        schedules=hosted.pipeline.schedules.rows(),
+        averaged=hosted.pipeline.averaged,
     )
 
 
@@ -56,8 +59,12 @@ def dump(hosted: HostedOptimizer) -> Dump:
         contents=engine.store.host().clone(),
         state=engine.read_state(),
         members=hosted.members.members(),
-        started=hosted.started,
+        started=hosted.decisions.started,
         scalar_dtype=dtype_name(engine.scalar_dtype),
+        settings=hosted.pipeline.settings,
+        schedules=hosted.pipeline.schedules.dump(),
+        average=hosted.pipeline.dumped_average(),
+        averaged=hosted.pipeline.averaged,
     )
 
 

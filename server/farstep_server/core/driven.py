@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from farstep_server.core.closures import ClosureRun, Progress, Raised, Returned, Wanted
-from farstep_server.core.engine import Engine
 from farstep_server.core.events import Act, Contribution, EvaluateReply, Evaluation, Refusal, Replies, Ticket
 from farstep_server.core.gradients import Gradients, materialize, reduce_gradients, reduce_losses
 from farstep_server.core.options import GroupEdits, apply_edits, difference, frozen_options
+from farstep_server.core.pipeline import Pipeline
 from farstep_wire.errors import Applied, ClosureError, FarstepError, InvalidRequestError, StepFailedError
 from farstep_wire.policy import worker_order
 
@@ -20,7 +21,9 @@ class DrivenStep:
     ``finished`` is set once the step has returned; until then every evaluation is answered by every participant.
     """
 
-    def __init__(self, engine: Engine, acts: Sequence[Contribution], edits: GroupEdits) -> None:
+    def __init__(self, pipeline: Pipeline, acts: Sequence[Contribution], edits: GroupEdits) -> None:
+        engine = pipeline.engine
+        self._pipeline = pipeline
         self._engine = engine
         self._acts = list(acts)
         self.contributions = {act.worker: act for act in acts if not act.abstain}
@@ -30,6 +33,7 @@ class DrivenStep:
         self._undo = engine.undo()
         self._run = ClosureRun(engine.optimizer)
         self._wanted = 0
+        self._answered: Counter[str] = Counter()
         self.finished: Returned | None = None
         self.changed: GroupEdits = {}
         apply_edits(engine.optimizer, edits)
@@ -114,15 +118,38 @@ class DrivenStep:
         given = [self.contributions[worker].num_samples for worker in order]
         weights = [float(weight) for weight in given if weight is not None]
         used = weights if len(weights) == len(order) and len(order) > 1 else None
-        gradients: list[Gradients] = []
+        gradients: dict[str, Gradients] = {}
         for result in results:
             assert result.staged is not None, "an evaluation without error has gradients"
-            gradients.append(materialize(result.staged, self._engine.layout, self._engine.store.device)[0])
+            self._answered[result.worker] += 1
+            own = materialize(result.staged, self._engine.layout, self._engine.store.device)[0]
+            gradients[result.worker] = own
         loss = reduce_losses([result.loss for result in results], used)
-        self._engine.set_gradients(reduce_gradients(gradients, used))
+        self._engine.set_gradients(self._reduced(gradients, used))
+        self._engine.clip_gradients(self._pipeline.settings)
         self._results.clear()
         self._engine.store.before_write()
         self._take(self._run.resume(loss))
+
+    def _reduced(self, gradients: Mapping[str, Gradients], shares: Sequence[float] | None) -> Gradients:
+        # The guard looks at the gradients where the step begins: a line search may well try a point where they overflow.
+        if self._wanted == 0:
+            return self._pipeline.reduce(gradients, shares)
+        return reduce_gradients(list(gradients.values()), shares)
+
+    @property
+    def evaluations(self) -> int:
+        """How many evaluations were asked for."""
+        return self._run.evaluations
+
+    def answered(self, worker: str) -> int:
+        """Return how many evaluations of a worker went into the step."""
+        return self._answered[worker]
+
+    @property
+    def acts(self) -> list[Contribution]:
+        """The acts that began the step, of those who have left since too."""
+        return self._acts
 
     def _take(self, progress: Progress) -> None:
         match progress:

@@ -19,6 +19,7 @@ from farstep_server.core.registry import OptimizerEntry
 from farstep_server.core.undo import Undo
 from farstep_wire.errors import Applied, ArgumentsError, FarstepError, StepFailedError
 from farstep_wire.layout import Layout
+from farstep_wire.settings import Settings
 
 
 def to_cpu(value: Any) -> Any:
@@ -150,8 +151,24 @@ class Engine:
             self._proven.clear()
         apply_edits(self.optimizer, edits)
 
-    def step(self, gradients: Gradients, edits: GroupEdits, edited: Mapping[int, Tensor]) -> GroupEdits:
-        """Apply edits and gradients in one step; return the options that the optimizer itself changed.
+    def clip_gradients(self, settings: Settings) -> None:
+        """Clip the gradients as the settings say."""
+        if settings.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.store.tensors, settings.clip_grad_norm, settings.norm_type)
+        if settings.clip_grad_value is not None:
+            torch.nn.utils.clip_grad_value_(self.store.tensors, settings.clip_grad_value)
+
+    def step(
+        self,
+        gradients: Gradients,
+        edits: GroupEdits,
+        edited: Mapping[int, Tensor],
+        settings: Settings,
+        lr_divisor: int = 1,
+    ) -> GroupEdits:
+        """Apply edits and clipped gradients in one step; return the options that the optimizer itself changed.
+
+        ``lr_divisor``: what the learning rate of this one step is divided by.
 
         StepFailedError: the optimizer raised. Everything is as before, and ``applied`` says NO; for an input of a kind that
         this optimizer has stepped with before there is no undo copy, and ``applied`` says UNKNOWN.
@@ -161,7 +178,7 @@ class Engine:
         signature = _signature(gradients)
         undo = None if self.entry.trusted and signature in self._proven else self.undo()
         try:
-            changed = self._step(gradients, edits, edited)
+            changed = self._step(gradients, edits, edited, settings, lr_divisor)
         except Exception as error:
             if undo is None:
                 raise StepFailedError(str(error), applied=Applied.UNKNOWN) from error
@@ -170,11 +187,25 @@ class Engine:
         self._proven.add(signature)
         return changed
 
-    def _step(self, gradients: Gradients, edits: GroupEdits, edited: Mapping[int, Tensor]) -> GroupEdits:
+    def _step(
+        self,
+        gradients: Gradients,
+        edits: GroupEdits,
+        edited: Mapping[int, Tensor],
+        settings: Settings,
+        lr_divisor: int,
+    ) -> GroupEdits:
         apply_edits(self.optimizer, edits)
         self.write_parameters(edited)
         self.set_gradients(gradients)
+        self.clip_gradients(settings)
         self.store.before_write()
+        if lr_divisor > 1:
+            with _divided_lr(self.optimizer, lr_divisor):
+                return self._run()
+        return self._run()
+
+    def _run(self) -> GroupEdits:
         with default_dtype(self.scalar_dtype):
             if self.entry.trusted:
                 self._bare_step()
@@ -182,6 +213,18 @@ class Engine:
             before = frozen_options(self.optimizer)
             self.optimizer.step()
         return difference(before, self.optimizer.param_groups)
+
+
+@contextmanager
+def _divided_lr(optimizer: Optimizer, divisor: int) -> Iterator[None]:
+    rates = [(group, group["lr"]) for group in optimizer.param_groups if "lr" in group]
+    try:
+        for group, rate in rates:
+            group["lr"] = rate / divisor
+        yield
+    finally:
+        for group, rate in rates:
+            group["lr"] = rate
 
 
 def _without_profiling(optimizer: Optimizer) -> Callable[[], object]:

@@ -8,12 +8,15 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from farstep_server.core.gradients import Staged
+from farstep_server.core.history import Round
 from farstep_server.core.options import GroupEdits
 from farstep_server.core.parameters import ParameterReader
 from farstep_server.core.records import Description, Dump, Outcome
+from farstep_server.core.schedules import ScheduleSpec
 from farstep_wire.errors import FarstepError
 from farstep_wire.layout import Layout
 from farstep_wire.policy import Policy
+from farstep_wire.settings import Settings
 
 
 class Ticket(Protocol):
@@ -35,6 +38,7 @@ class Join:
     options: list[dict[str, Any]]
     optimizer: str
     lineage: str
+    settings: Settings | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,14 @@ class Contribution(Act):
     closure: bool = False
     num_samples: float | None = None
     omit_parameters: bool = False
+    accumulated: int = 0
+
+
+@dataclass(frozen=True)
+class Accumulate(Act):
+    """Gradients that wait for the worker's next contribution. Settled at once."""
+
+    staged: Staged
 
 
 @dataclass(frozen=True)
@@ -115,18 +127,20 @@ class Leave:
 
 @dataclass(frozen=True)
 class Touch:
-    """A sign of life."""
+    """A sign of life. ``round_trip_seconds``: what the worker has measured, 0 where it says nothing."""
 
     worker: str
     epoch: int
+    round_trip_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class ReadParameters:
-    """Asks for the parameters."""
+    """Asks for the parameters, or for their ``average``: "ema"."""
 
     ticket: Ticket
     worker: str = ""
+    average: str = ""
 
 
 @dataclass(frozen=True)
@@ -143,6 +157,53 @@ class ReadDescription:
 
     ticket: Ticket
     parameters: bool = False
+
+
+@dataclass(frozen=True)
+class ReadHistory:
+    """Asks for the rounds after a number."""
+
+    ticket: Ticket
+    after: int = 0
+
+
+@dataclass(frozen=True)
+class Configure:
+    """Changes settings, by name."""
+
+    ticket: Ticket
+    changes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class DeclareSchedule:
+    """Puts a learning-rate schedule here, or finds the same one; ``edits`` go with a new one."""
+
+    ticket: Ticket
+    lineage: str
+    number: int
+    spec: ScheduleSpec
+    edits: GroupEdits
+
+
+@dataclass(frozen=True)
+class ReadSchedule:
+    """Asks for a schedule's state."""
+
+    ticket: Ticket
+    number: int
+
+
+@dataclass(frozen=True)
+class LoadSchedule:
+    """Replaces a schedule's state."""
+
+    ticket: Ticket
+    number: int
+    state: dict[str, Any]
+
+
+Steering = Configure | DeclareSchedule | ReadSchedule | LoadSchedule
 
 
 @dataclass(frozen=True)
@@ -178,8 +239,9 @@ class Tick:
 
 
 Event = (
-    Join | Contribution | LoadState | AddGroup | Evaluation | ZeroGrad | Leave | Touch | ReadParameters | ReadState
-    | ReadDescription | TakeDump | Restore | Stop | Tick
+    Join | Contribution | Accumulate | LoadState | AddGroup | Evaluation | ZeroGrad | Leave | Touch | ReadParameters
+    | ReadState | ReadDescription | ReadHistory | Configure | DeclareSchedule | ReadSchedule | LoadSchedule | TakeDump
+    | Restore | Stop | Tick
 )  # fmt: skip
 
 
@@ -212,6 +274,7 @@ class StepReply:
     loss: object
     parameters: ParameterReader | None
     staleness: int = 0
+    notice: str = ""
 
 
 @dataclass(frozen=True)
@@ -249,6 +312,31 @@ class DoneReply:
 
 
 @dataclass(frozen=True)
+class HistoryReply:
+    """Rounds, oldest first."""
+
+    rounds: list[Round]
+
+
+@dataclass(frozen=True)
+class SettingsReply:
+    """The settings as they stand."""
+
+    settings: Settings
+    version: int
+
+
+@dataclass(frozen=True)
+class ScheduleReply:
+    """A schedule as it stands, and the groups' options. ``ended``: why it has ended, empty while it runs."""
+
+    state: dict[str, Any]
+    options: list[dict[str, Any]]
+    version: int
+    ended: str
+
+
+@dataclass(frozen=True)
 class Refusal:
     """It was not carried out."""
 
@@ -263,8 +351,9 @@ class DumpReply:
 
 
 Reply = (
-    JoinReply | StepReply | EvaluateReply | ParametersReply | StateReply | DoneReply | Refusal | Description | DumpReply
-)
+    JoinReply | StepReply | EvaluateReply | ParametersReply | StateReply | DoneReply | HistoryReply | SettingsReply
+    | ScheduleReply | Refusal | Description | DumpReply
+)  # fmt: skip
 
 Replies = list[tuple[Ticket, Reply]]
 """Whom to answer, and what."""

@@ -93,14 +93,15 @@ def reduce_gradients(contributions: Sequence[Gradients], weights: Sequence[float
 
 def _accumulated(number: int, accumulator: Tensor | None, gradient: Tensor, weight: float | None) -> Tensor:
     try:
-        return _accumulate(accumulator, gradient, weight)
+        return accumulate(accumulator, gradient, weight)
     except RuntimeError as error:  # such as sparse over one dimension here and over two there
         raise MismatchError(
             f"the workers' gradients of parameter {number} cannot be added: {error}", applied=Applied.NO
         ) from error
 
 
-def _accumulate(accumulator: Tensor | None, gradient: Tensor, weight: float | None) -> Tensor:
+def accumulate(accumulator: Tensor | None, gradient: Tensor, weight: float | None) -> Tensor:
+    """Return the sum with a (weighted) gradient, in the memory of one of the two."""
     if accumulator is None:
         return gradient if weight is None else gradient.mul_(weight)
     if gradient.is_sparse and not accumulator.is_sparse:

@@ -13,62 +13,81 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from torch import Tensor
-
 from farstep_server.core import describe
 from farstep_server.core import events as ev
 from farstep_server.core.admission import check_options, check_reconnect, check_same
-from farstep_server.core.driven import DrivenStep
+from farstep_server.core.answers import Answers, Standing
+from farstep_server.core.decisions import Decisions
+from farstep_server.core.driving import Driving, defect
 from farstep_server.core.engine import Engine
-from farstep_server.core.gradients import Gradients, materialize, reduce_gradients
+from farstep_server.core.gradients import materialize
+from farstep_server.core.history import RoundKind
 from farstep_server.core.identity import Identity
 from farstep_server.core.membership import Membership, Settled, WorkerRecord
 from farstep_server.core.options import GroupEdits, agreed_edits, frozen_options
+from farstep_server.core.parameters import ParameterReader
+from farstep_server.core.pipeline import Pipeline
 from farstep_server.core.records import Dump, Outcome
-from farstep_server.core.rounds import check_alike, rounds_for, weights
+from farstep_server.core.rounds import check_alike, rounds_for
+from farstep_server.core.steering import steer
 from farstep_wire.errors import (
     Applied,
     ClosureError,
     FarstepError,
     FencedError,
-    InternalError,
+    GradientsLostError,
     InvalidRequestError,
     LayoutMismatchError,
     LeaseError,
     MismatchError,
+    NonFiniteError,
     RollbackError,
 )
+from farstep_wire.policy import Async
+from farstep_wire.settings import Settings
+
+Deferred = ev.Act | ev.ReadParameters | ev.TakeDump | ev.Steering
+"""What waits for the end of a closure-driven step."""
 
 
 class HostedOptimizer:
     """The state machine. ``clock`` only measures how long a step takes."""
 
-    def __init__(self, identity: Identity, engine: Engine, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, identity: Identity, engine: Engine, clock: Callable[[], float], settings: Settings | None = None
+    ) -> None:
         self.identity = identity
         self.engine = engine
-        self.version = 0
-        self.incarnation = 1
-        self._clock = clock
+        self.pipeline = Pipeline(engine, settings or Settings())
         self.members = Membership(identity.lease_seconds)
+        self._clock = clock
+        self._standing = Standing()
         self._rounds = rounds_for(identity.policy)
-        self.started = False
-        self.decided = 0
-        """Acts that were decided, by whatever outcome: what makes two dumps of one version differ."""
-        self._driven: DrivenStep | None = None
-        self._aborted: FarstepError | None = None
-        self._deferred: list[ev.Act | ev.ReadParameters | ev.TakeDump] = []
+        self._answers = Answers(engine, self.members, self._rounds, self._standing)
+        self.decisions = Decisions(self.pipeline, self.members, self._rounds, self._answers, self._standing)
+        self._driving = Driving(identity, self.pipeline, self.decisions, self._answers, clock)
+        self._deferred: list[Deferred] = []
         self.stale = 0
-        self.last_step_seconds = 0.0
         self._had_workers = False
-        self._replies: ev.Replies = []
         self.defect: Exception | None = None
         """What was raised that no rule foresees, in the last event; for the owner to tell."""
+
+    @property
+    def version(self) -> int:
+        """How many steps have been committed."""
+        return self._standing.version
+
+    @property
+    def incarnation(self) -> int:
+        """Which life of it; a rollback starts a new one."""
+        return self._standing.incarnation
 
     # Events in, replies out.
 
     def handle(self, event: ev.Event, now: float) -> ev.Replies:
         """Take one event at a time; return the replies that it caused, its own among them if it is ready."""
-        self._replies = []
+        replies: ev.Replies = []
+        self._answers.replies = replies
         self.defect = None
         ticket = getattr(event, "ticket", None)
         try:
@@ -80,9 +99,9 @@ class HostedOptimizer:
                 self._reply(ticket, ev.Refusal(error))
         except Exception as error:  # noqa: BLE001 - the owner tells it; nobody may wait for a reply that never comes
             self.defect = error
-            if ticket is not None and all(ticket is not answered for answered, _ in self._replies):
-                self._reply(ticket, ev.Refusal(_defect(error)))
-        return self._replies
+            if ticket is not None and all(ticket is not answered for answered, _ in replies):
+                self._reply(ticket, ev.Refusal(defect(error)))
+        return self._answers.replies
 
     def next_deadline(self) -> float | None:
         """Return when a Tick is due: a lease runs out, or a round's timeout passes."""
@@ -100,12 +119,13 @@ class HostedOptimizer:
 
     def _dispatch(self, event: ev.Event, now: float) -> None:
         match event:
-            case ev.Contribution() | ev.LoadState() | ev.AddGroup():
+            case ev.Contribution() | ev.Accumulate() | ev.LoadState() | ev.AddGroup():
                 self._on_act(event, now)
             case ev.Evaluation():
-                self._on_evaluation(event, now)
+                self.members.check(event.worker, event.epoch, now)
+                self._driving.on_evaluation(event)
             case ev.Touch():
-                self.members.touch(event.worker, event.epoch, now)
+                self.members.touch(event.worker, event.epoch, now, event.round_trip_seconds)
             case ev.Join():
                 self._on_join(event, now)
             case ev.Leave():
@@ -114,49 +134,62 @@ class HostedOptimizer:
                 self._on_zero_grad(event, now)
             case ev.ReadParameters():
                 self._on_read_parameters(event)
-            case ev.ReadState():
-                self._on_read_state(event)
-            case ev.ReadDescription():
-                self._reply(event.ticket, describe.description(self, self._waiting(), now, parameters=event.parameters))
+            case ev.Configure() | ev.DeclareSchedule() | ev.ReadSchedule() | ev.LoadSchedule():
+                self._on_steering(event)
             case ev.TakeDump():
                 self._on_take_dump(event)
             case ev.Restore():
                 self._on_restore(event, now)
             case ev.Stop():
                 self._refuse_all(event.error)
-                self._reply(event.ticket, ev.DumpReply(describe.dump(self)) if event.dump else self._done())
+                self._reply(event.ticket, ev.DumpReply(describe.dump(self)) if event.dump else self._answers.done())
             case ev.Tick():
                 pass
+            case _:
+                self._on_look(event, now)
 
     def _reply(self, ticket: ev.Ticket, reply: ev.Reply) -> None:
-        self._replies.append((ticket, reply))
-
-    def _done(self) -> ev.DoneReply:
-        return ev.DoneReply(self.version, self.incarnation)
+        self._answers.put(ticket, reply)
 
     # Reading. In a closure-driven step the parameters are trial ones: what reads them waits for its end, or is refused where
     # the step may be waiting for the reader.
 
+    def _on_look(self, event: ev.ReadState | ev.ReadDescription | ev.ReadHistory, now: float) -> None:
+        match event:
+            case ev.ReadState():
+                self._refuse_in_driven_step()
+                state = self.engine.read_state(event.indices)
+                self._reply(event.ticket, ev.StateReply(self.version, self.incarnation, state))
+            case ev.ReadDescription():
+                waiting = {*(act.worker for act in self._rounds.acts()), *self._answers.held()}
+                self._reply(event.ticket, describe.description(self, waiting, now, parameters=event.parameters))
+            case ev.ReadHistory():
+                self._reply(event.ticket, ev.HistoryReply(self.decisions.history.after(event.after)))
+
     def _on_read_parameters(self, event: ev.ReadParameters) -> None:
-        if self._driven is not None and event.worker not in self._driven.contributions:
+        if self._driving.under_way and not self._driving.takes_part(event.worker):
             self._deferred.append(event)
             return
         self._refuse_in_driven_step()
-        self._reply(event.ticket, ev.ParametersReply(self.version, self.incarnation, self.engine.store.reader()))
-
-    def _on_read_state(self, event: ev.ReadState) -> None:
-        self._refuse_in_driven_step()
-        state = self.engine.read_state(event.indices)
-        self._reply(event.ticket, ev.StateReply(self.version, self.incarnation, state))
+        average = ParameterReader(self.pipeline.average(event.average)) if event.average else None
+        reader = average or self.engine.store.reader()
+        self._reply(event.ticket, ev.ParametersReply(self.version, self.incarnation, reader))
 
     def _on_take_dump(self, event: ev.TakeDump) -> None:
-        if self._driven is not None:
+        if self._driving.under_way:
             self._deferred.append(event)
         else:
             self._reply(event.ticket, ev.DumpReply(describe.dump(self)))
 
+    def _on_steering(self, event: ev.Steering) -> None:
+        if self._driving.under_way:
+            self._deferred.append(event)
+            return
+        self.decisions.decided += not isinstance(event, ev.ReadSchedule)
+        self._reply(event.ticket, steer(event, self.pipeline, self.identity, self.version))
+
     def _refuse_in_driven_step(self) -> None:
-        if self._driven is not None:
+        if self._driving.under_way:
             raise MismatchError("a closure-driven step is under way; ask again when it has ended", applied=Applied.NO)
 
     # Membership.
@@ -165,6 +198,7 @@ class HostedOptimizer:
         check_same(self.identity, self.engine, event)
         if event.lineage:
             check_reconnect(self.identity, self.members, event)
+        self._answers.take_held(event.worker)
         previous = self._rounds.drop(event.worker)
         record, resumed = self.members.join(event.worker, event.instance, now)
         if previous is not None and not resumed:
@@ -173,19 +207,22 @@ class HostedOptimizer:
             self._rounds.put(previous, now)
         if not resumed:
             record.version = self.version
-            record.first_round = self.version + 1 if self.started and self._rounds.gathering else self.version
-            self._leave_driven_step(event.worker)
+            gathering = self.decisions.started and self._rounds.gathering
+            record.first_round = self.version + 1 if gathering else self.version
+            self._driving.drop(event.worker)
+            self.pipeline.accumulated.drop(event.worker)
         self._had_workers = True
-        options = frozen_options(self.engine.optimizer) if self.version or event.lineage else []
-        if not options and not resumed:
-            check_options(self.identity, self.engine, event)
-        policy, device = self.identity.policy, str(self.engine.store.device)
-        self._reply(
-            event.ticket,
-            ev.JoinReply(
-                resumed, self.identity.lineage, self.incarnation, self.version, record.epoch, record.settled_sequence,
-                policy, device, options, len(self.engine.layout.parameters), self.identity.lease_seconds,
-            ),
+        self._reply(event.ticket, self._welcome(event, record, resumed=resumed))
+
+    def _welcome(self, event: ev.Join, record: WorkerRecord, *, resumed: bool) -> ev.JoinReply:
+        fresh = not self.version and not event.lineage
+        if fresh and not resumed:
+            check_options(self.identity, self.pipeline, event)
+        options = [] if fresh and not len(self.pipeline.schedules) else frozen_options(self.engine.optimizer)
+        return ev.JoinReply(
+            resumed, self.identity.lineage, self.incarnation, self.version, record.epoch, record.settled_sequence,
+            self.identity.policy, str(self.engine.store.device), options, len(self.engine.layout.parameters),
+            self.identity.lease_seconds,
         )  # fmt: skip
 
     def _fence(self, ticket: ev.Ticket, worker: str) -> None:
@@ -196,57 +233,42 @@ class HostedOptimizer:
         if self.members.leave(event.worker, event.epoch):
             self._forget(event.worker)
         if event.ticket is not None:
-            self._reply(event.ticket, self._done())
+            self._reply(event.ticket, self._answers.done())
 
     def _expire(self, now: float) -> None:
         for worker in self.members.expire(now):
             self._forget(worker)
 
     def _forget(self, worker: str) -> None:
-        act = self._rounds.drop(worker)
+        act, held = self._rounds.drop(worker), self._answers.take_held(worker)
         if act is not None:
-            error = LeaseError(
-                f"worker {worker} is no member any more; its contribution was dropped", applied=Applied.NO
-            )
-            self._reply(act.ticket, ev.Refusal(error))
-        self._leave_driven_step(worker)
-
-    def _leave_driven_step(self, worker: str) -> None:
-        if self._driven is None or worker not in self._driven.contributions:
-            return
-        self._driven.drop(worker)
-        if not self._driven.contributions:
-            self._abort_driven(ClosureError(f"worker {worker} left in an evaluation", applied=Applied.NO))
+            text = f"worker {worker} is no member any more; its contribution was dropped"
+            self._reply(act.ticket, ev.Refusal(LeaseError(text, applied=Applied.NO)))
+        if held is not None:
+            text = f"worker {worker} is no member any more; its step was applied"
+            self._reply(held.act.ticket, ev.Refusal(LeaseError(text, applied=Applied.YES)))
+        self.pipeline.accumulated.drop(worker)
+        self._driving.drop(worker)
 
     # Acts.
 
     def _on_act(self, act: ev.Act, now: float) -> None:
         record = self.members.check(act.worker, act.epoch, now)
         if act.sequence <= record.settled_sequence:
-            self._reply(act.ticket, self._recorded(record, act))
-        elif self._driven is not None:
-            self._on_act_during_driven(self._driven, act, now)
+            self._answers.again(act)
+        elif isinstance(act, ev.Accumulate):
+            self._accumulate(act)
+        elif self._driving.under_way:
+            if self._driving.on_act(act):
+                self._deferred.append(act)
         elif self._is_current(act, record):
             self._rounds.put(act, now)
-
-    def _recorded(self, record: WorkerRecord, act: ev.Act) -> ev.Reply:
-        if not isinstance(act, ev.Contribution):
-            return self._done()
-        settled = record.settled or Settled(version=self.version)
-        options = self._all_options()
-        return ev.StepReply(
-            settled.outcome, self.version, self.incarnation, settled.contributions, options, settled.loss,
-            self.engine.store.reader(),
-        )  # fmt: skip
-
-    def _all_options(self) -> GroupEdits:
-        return {number: (group, ()) for number, group in enumerate(frozen_options(self.engine.optimizer))}
 
     def _is_current(self, act: ev.Act, record: WorkerRecord) -> bool:
         if not isinstance(act, ev.Contribution):
             return True
         if act.incarnation != self.incarnation:
-            self._not_used(act, record, Outcome.ROLLED_BACK)
+            self._not_used(act, Outcome.ROLLED_BACK)
             return False
         if act.version > self.version:
             raise RollbackError(
@@ -256,40 +278,57 @@ class HostedOptimizer:
         if act.version < self.version and self._rounds.refuses_older:
             record.stale += 1
             self.stale += 1
-            self._not_used(act, record, Outcome.STALE)
+            self._not_used(act, Outcome.STALE)
             return False
+        self._check_accumulated(act)
         return True
 
-    def _not_used(self, act: ev.Contribution, record: WorkerRecord, outcome: Outcome) -> None:
-        record.version = self.version
-        options = self._all_options()
-        self._reply(
-            act.ticket,
-            ev.StepReply(
-                outcome, self.version, self.incarnation, 0, options, None, self.engine.store.reader(),
-                self.version - min(act.version, self.version),
-            ),
-        )  # fmt: skip
+    def _not_used(self, act: ev.Contribution, outcome: Outcome) -> None:
+        self.pipeline.accumulated.drop(act.worker)
+        self._answers.not_used(act, outcome)
+
+    def _accumulate(self, act: ev.Accumulate) -> None:
+        if self.engine.entry.drives_closure:
+            raise InvalidRequestError(
+                f"{self.identity.optimizer} asks its closure for gradients; none can be accumulated before",
+                applied=Applied.NO,
+            )
+        own, _ = materialize(act.staged, self.engine.layout, self.engine.store.device)
+        self.pipeline.accumulated.add(act.worker, own)
+        self.decisions.record(act)
+        self._reply(act.ticket, self._answers.done())
+
+    def _check_accumulated(self, act: ev.Contribution) -> None:
+        held = self.pipeline.accumulated.count(act.worker)
+        if act.accumulated != held and not act.abstain:
+            raise GradientsLostError(
+                f"worker {act.worker} has accumulated gradients {act.accumulated} times on the server, which holds {held}: "
+                f"its lease ran out in between, or the server was started again. The contribution was not used; call "
+                f"zero_grad() and go through the batch again",
+                applied=Applied.NO,
+            )
 
     def _on_zero_grad(self, event: ev.ZeroGrad, now: float) -> None:
         self.members.check(event.worker, event.epoch, now)
         self._rounds.drop(event.worker)
-        self._reply(event.ticket, self._done())
+        self.pipeline.accumulated.drop(event.worker)
+        self._reply(event.ticket, self._answers.done())
 
     # Rounds.
 
     def _advance(self, now: float) -> None:
+        self._answers.release()
         while True:
-            if self._driven is not None:
-                if not self._driven.complete:
+            if self._driving.under_way:
+                if not self._driving.advance():
                     return
-                self._advance_driven(self._driven)
             elif self._deferred:
                 self._resume_deferred(now)
-            elif acts := self._rounds.take_ready(self.members, self.version, started=self.started, now=now):
+            elif acts := self._rounds.take_ready(self.members, self.version, started=self.decisions.started, now=now):
                 self._commit(acts)
             else:
                 return
+            self._answers.release()
 
     def _resume_deferred(self, now: float) -> None:
         """Take up what came in during a closure-driven step."""
@@ -314,73 +353,41 @@ class HostedOptimizer:
                 case _:
                     self._commit_contributions([act for act in acts if isinstance(act, ev.Contribution)])
         except FarstepError as error:
-            self._refuse(acts, error)
+            self.decisions.refused(acts, error)
         except Exception as error:
-            self._refuse(acts, _defect(error))
+            self.decisions.refused(acts, defect(error))
             raise
-
-    def _refuse(self, acts: Sequence[ev.Act], error: FarstepError) -> None:
-        answered = {id(ticket) for ticket, _ in self._replies}
-        for act in acts:
-            if id(act.ticket) not in answered:
-                self._reply(act.ticket, ev.Refusal(error))
 
     def _commit_contributions(self, acts: list[ev.Contribution]) -> None:
         edits = agreed_edits(self.engine.optimizer, {act.worker: act.edits for act in acts})
         contributors = [act for act in acts if not act.abstain]
         if not contributors:
-            self.engine.edit_options(edits)
-            self._settle(acts, Outcome.SKIPPED, {}, None)
+            self.decisions.skipped(acts, edits, "")
         elif any(act.closure for act in contributors):
-            self._start_driven(acts, contributors, edits)
+            self._driving.start(acts, contributors, edits)
         else:
             self._step(acts, contributors, edits)
 
     def _step(self, acts: list[ev.Contribution], contributors: list[ev.Contribution], edits: GroupEdits) -> None:
         begun = self._clock()
-        gradients: list[Gradients] = []
-        edited: dict[int, Tensor] = {}
-        for act in contributors:
-            assert act.staged is not None, "a contribution without closure has gradients"
-            own, changed = materialize(act.staged, self.engine.layout, self.engine.store.device)
-            gradients.append(own)
-            edited = {**changed, **edited}
-        reduced = reduce_gradients(gradients, weights(contributors))
-        changed_options = self.engine.step(reduced, edits, edited)
-        self.last_step_seconds = self._clock() - begun
-        self._committed(acts, changed_options, None)
+        try:
+            changed = self.pipeline.step(contributors, edits, self._lr_divisor(contributors))
+        except NonFiniteError as error:
+            if self.pipeline.settings.non_finite == "raise":
+                raise
+            self.decisions.skipped(acts, edits, str(error))
+        else:
+            self.decisions.committed(acts, edits, changed, self._clock() - begun)
 
-    def _committed(self, acts: list[ev.Contribution], changed: GroupEdits, loss: object) -> None:
-        self.version += 1
-        self.started = True
-        self._settle(acts, Outcome.COMMITTED, changed, loss)
-
-    def _settle(self, acts: list[ev.Contribution], outcome: Outcome, changed: GroupEdits, loss: object) -> None:
-        used = sum(not act.abstain for act in acts)
-        for act in acts:
-            record = self._record(act)
-            record.settled = Settled(outcome, self.version, used, loss)
-            record.version = self.version
-            record.abstentions += act.abstain
-            record.contributions += not act.abstain
-            record.steps += 1
-            reader = None if act.omit_parameters else self.engine.store.reader()
-            staleness = max(0, self.version - 1 - act.version)
-            self._reply(
-                act.ticket,
-                ev.StepReply(outcome, self.version, self.incarnation, used, changed, loss, reader, staleness),
-            )
-
-    def _record(self, act: ev.Act) -> WorkerRecord:
-        record = self.members[act.worker]
-        record.settled_sequence = act.sequence
-        self.decided += 1
-        return record
+    def _lr_divisor(self, contributors: Sequence[ev.Contribution]) -> int:
+        policy = self.identity.policy
+        scaled = isinstance(policy, Async) and policy.scale_lr
+        return max(1, self.version - contributors[0].version) if scaled else 1
 
     def _load(self, load: ev.LoadState, acts: Sequence[ev.Act]) -> None:
         self.engine.load_state(load.state, load.groups)
-        self.incarnation += 1
-        self._settle_collective(acts)
+        self._standing.incarnation += 1
+        self.decisions.collective(acts, RoundKind.LOAD_STATE)
 
     def _add_group(self, group: ev.AddGroup, acts: Sequence[ev.Act]) -> None:
         for act in acts[1:]:
@@ -388,96 +395,16 @@ class HostedOptimizer:
             problem = group.layout.difference(act.layout)
             if problem is not None:
                 raise LayoutMismatchError(f"add_param_group on worker {act.worker}: {problem}", applied=Applied.NO)
-        self.engine.add_group(group.layout, group.options, group.contents)
-        self._settle_collective(acts)
-
-    def _settle_collective(self, acts: Sequence[ev.Act]) -> None:
-        for act in acts:
-            self._record(act)
-            self._reply(act.ticket, self._done())
-
-    # Closure-driven steps.
-
-    def _start_driven(
-        self, acts: list[ev.Contribution], contributors: list[ev.Contribution], edits: GroupEdits
-    ) -> None:
-        if not self.engine.entry.drives_closure or not all(act.closure for act in contributors):
-            raise InvalidRequestError(
-                f"{self.identity.optimizer} and the contributions disagree on whether the closure drives the step",
-                applied=Applied.NO,
-            )
-        driven = DrivenStep(self.engine, acts, edits)
-        driven.start()
-        self._driven, self._aborted = driven, None
-        self._after_driven(driven)
-
-    def _on_act_during_driven(self, driven: DrivenStep, act: ev.Act, now: float) -> None:
-        if driven.given_up_by(act):
-            self._abort_driven(
-                ClosureError(
-                    f"worker {act.worker} gave the step up in the middle of an evaluation; it was rolled back",
-                    applied=Applied.NO,
-                )
-            )
-            self._on_act(act, now)
-            return
-        answers = driven.asked_again(act)
-        if answers is None:
-            self._deferred.append(act)
-        else:
-            self._replies += answers
-
-    def _on_evaluation(self, event: ev.Evaluation, now: float) -> None:
-        self.members.check(event.worker, event.epoch, now)
-        driven = self._driven
-        if driven is None or not driven.takes(event):
-            reason = f": {self._aborted}" if self._aborted is not None else ""
-            raise ClosureError(
-                f"the step that this evaluation belongs to has ended; it was rolled back{reason}", applied=Applied.NO
-            )
-        try:
-            driven.put(event)
-        except ClosureError as error:
-            self._abort_driven(error)
-
-    def _advance_driven(self, driven: DrivenStep) -> None:
-        try:
-            driven.advance()
-        except MismatchError as error:
-            self._abort_driven(error)
-        except FarstepError as error:
-            self._driven, self._aborted = None, error
-            self._replies += driven.refusals(error)
-        except Exception as error:
-            self._abort_driven(_defect(error))
-            raise
-        else:
-            self._after_driven(driven)
-
-    def _after_driven(self, driven: DrivenStep) -> None:
-        if driven.finished is None:
-            self._replies += driven.enquiries()
-            return
-        self._driven = None
-        self._committed(driven.settled(), driven.changed, driven.finished.value)
-
-    def _abort_driven(self, error: FarstepError) -> None:
-        driven, self._driven = self._driven, None
-        if driven is not None:
-            self._aborted = error
-            driven.roll_back()
-            self._replies += driven.refusals(error)
+        self.pipeline.add_group(group.layout, group.options, group.contents)
+        self.decisions.collective(acts, RoundKind.ADD_PARAM_GROUP)
 
     # Whole-state acts.
-
-    def _waiting(self) -> set[str]:
-        return {act.worker for act in self._rounds.acts()}
 
     def resume_from(self, dump: Dump, now: float) -> None:
         """Take over a dump after a restart: the same lineage and incarnation go on."""
         self._take_over(dump)
-        self.incarnation = dump.incarnation
-        self.started = dump.started
+        self._standing.incarnation = dump.incarnation
+        self.decisions.started = dump.started
         self.members.restore(dump.members, now)
         self._had_workers = bool(dump.members)
 
@@ -485,30 +412,28 @@ class HostedOptimizer:
         problem = self.engine.layout.difference(event.dump.layout)
         if problem is not None:
             raise LayoutMismatchError(f"the snapshot does not fit {self.identity.name!r}: {problem}")
-        self._abort_driven(ClosureError("the hosted optimizer was rolled back", applied=Applied.NO))
+        self._driving.abort(ClosureError("the hosted optimizer was rolled back", applied=Applied.NO))
         self._take_over(event.dump)
-        self.incarnation += 1
-        for act in self._rounds.take_all():
+        self._standing.incarnation += 1
+        self.decisions.restored()
+        held = [answer.act for worker in self._answers.held() if (answer := self._answers.take_held(worker))]
+        for act in (*held, *self._rounds.take_all()):
             if isinstance(act, ev.Contribution):
-                record = self._record(act)
+                record = self.decisions.record(act)
                 record.settled = Settled(Outcome.ROLLED_BACK, self.version)
-                self._not_used(act, record, Outcome.ROLLED_BACK)
+                self._not_used(act, Outcome.ROLLED_BACK)
             else:
                 error = RollbackError("the hosted optimizer was rolled back", applied=Applied.NO)
                 self._reply(act.ticket, ev.Refusal(error))
-        self._reply(event.ticket, self._done())
+        self._reply(event.ticket, self._answers.done())
 
     def _take_over(self, dump: Dump) -> None:
-        self.engine.restore_state([(key, entries) for key, entries in dump.state], dump.options)
-        self.engine.store.write(dump.contents)
-        self.version = dump.version
+        self.pipeline.take_over(dump)
+        self._standing.version = dump.version
 
     def _refuse_all(self, error: FarstepError) -> None:
-        self._abort_driven(error)
+        self._driving.abort(error)
+        self._answers.release(all_of_them=True)
         for waiting in (*self._rounds.take_all(), *self._deferred):
             self._reply(waiting.ticket, ev.Refusal(error))
         self._deferred.clear()
-
-
-def _defect(error: Exception) -> FarstepError:
-    return InternalError(f"{type(error).__name__}: {error}", applied=Applied.UNKNOWN)

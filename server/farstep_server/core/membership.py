@@ -37,6 +37,8 @@ class WorkerRecord:
     contributions: int = 0
     abstentions: int = 0
     stale: int = 0
+    staleness: int = 0
+    round_trip_seconds: float = 0.0
     steps: int = 0
     """Steps of its own, by which stale-synchronous workers are compared; a newcomer starts level with the slowest."""
 
@@ -62,7 +64,7 @@ class Membership:
     def join(self, worker: str, instance: str, now: float) -> tuple[WorkerRecord, bool]:
         """Let a worker in, or in again under a new epoch; return its record and whether its instance was here before."""
         record = self._records.get(worker)
-        slowest = min((other.steps for other in self._records.values() if other.live), default=0)
+        others = [other.steps for other in self._records.values() if other.live and other.worker != worker]
         if record is None:
             record = self._records[worker] = WorkerRecord(worker, instance, 0, now, live=False)
             resumed = False
@@ -70,8 +72,9 @@ class Membership:
             resumed = record.instance == instance
         if not resumed:
             record.instance, record.settled_sequence, record.settled = instance, 0, None
-        if not record.live:
-            record.steps = max(record.steps, slowest)
+        if others and not (resumed and record.live):
+            # A newcomer is level with the slowest; one that comes back is not ahead of where it was.
+            record.steps = min(others) if not resumed else max(record.steps, min(others))
         record.epoch += 1
         record.live, record.left = True, False
         record.deadline = now + self.lease_seconds
@@ -96,11 +99,12 @@ class Membership:
         record.deadline = now + self.lease_seconds
         return record
 
-    def touch(self, worker: str, epoch: int, now: float) -> None:
+    def touch(self, worker: str, epoch: int, now: float, round_trip_seconds: float = 0.0) -> None:
         """Renew a lease; the word of a fenced session changes nothing."""
         record = self._records.get(worker)
         if record is not None and record.live and record.epoch == epoch:
             record.deadline = now + self.lease_seconds
+            record.round_trip_seconds = round_trip_seconds or record.round_trip_seconds
 
     def leave(self, worker: str, epoch: int) -> bool:
         """End a membership; return whether that session was the current one."""
@@ -159,6 +163,8 @@ class Membership:
                 record.abstentions,
                 record.stale,
                 record.deadline - now,
+                record.round_trip_seconds,
+                record.staleness,
             )
             for record in self
         ]

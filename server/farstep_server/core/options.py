@@ -55,6 +55,37 @@ def difference(before: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str
     return edits
 
 
+class OptionLog:
+    """When each option was changed last, and by whom: what a worker that was away has to be told."""
+
+    def __init__(self) -> None:
+        self._changes: dict[tuple[int, str], tuple[int, str]] = {}
+
+    def note(self, edits: GroupEdits, version: int, author: str) -> None:
+        """Remember what was changed for a version; the server's own changes have no author."""
+        for number, (changed, removed) in edits.items():
+            self._changes.update(((number, key), (version, author)) for key in (*changed, *removed))
+
+    def since(self, version: int, reader: str, optimizer: Optimizer) -> GroupEdits:
+        """Return what others than the reader have changed after a version, as it stands."""
+        edits: GroupEdits = {}
+        for (number, key), (changed_at, author) in self._changes.items():
+            if changed_at <= version or author == reader or number >= len(optimizer.param_groups):
+                continue
+            group = optimizer.param_groups[number]
+            values, gone = edits.get(number, ({}, ()))
+            if key in group:
+                edits[number] = ({**values, key: frozen_value(group[key])}, gone)
+            else:
+                edits[number] = (values, (*gone, key))
+        return edits
+
+
+def merged(edits: Sequence[GroupEdits]) -> GroupEdits:
+    """Return edits as one, the later ones over the earlier."""
+    return _merge({str(number): own for number, own in enumerate(edits)})
+
+
 def agreed_edits(optimizer: Optimizer, edits: Mapping[str, GroupEdits]) -> GroupEdits:
     """Return the edits that all workers of a round make; MismatchError names the option and two workers' values.
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from torch import Tensor
 
+from farstep_server.core.schedules import ScheduleDump, ScheduleRow
 from farstep_wire.layout import Layout, ParameterSpec
 from farstep_wire.policy import Policy
+from farstep_wire.settings import Settings
 
 
 class Outcome(Enum):
@@ -33,6 +35,8 @@ class WorkerRow:
     abstentions: int
     stale: int
     lease_seconds: float
+    round_trip_seconds: float
+    staleness: int
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,9 @@ class Description:
     last_step_seconds: float
     stale: int
     rows: list[ParameterRow]
+    settings: Settings
+    schedules: list[ScheduleRow]
+    averaged: int
 
 
 @dataclass(frozen=True)
@@ -119,3 +126,7 @@ class Dump:
     members: list[Member]
     started: bool
     scalar_dtype: str = "float32"
+    settings: Settings = field(default_factory=Settings)
+    schedules: list[ScheduleDump] = field(default_factory=list)
+    average: Tensor | None = None
+    averaged: int = 0

@@ -12,9 +12,17 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 from farstep_server.core.events import Act, Contribution
+from farstep_server.core.history import RoundKind
 from farstep_server.core.membership import Membership, WorkerRecord
 from farstep_wire.errors import Applied, MismatchError
 from farstep_wire.policy import Async, Policy, Sync, worker_order
+
+KINDS = {
+    "Contribution": RoundKind.STEP,
+    "LoadState": RoundKind.LOAD_STATE,
+    "AddGroup": RoundKind.ADD_PARAM_GROUP,
+}
+"""What kind of round an act makes, by its class."""
 
 
 class Rounds(ABC):
@@ -61,6 +69,16 @@ class Rounds(ABC):
     def deadline(self) -> float | None:
         """Return when a commit may become due by the passing of time."""
         return None
+
+    def ahead(self, worker: str, members: Membership) -> int:
+        """Return how many steps a worker is ahead of the slowest live one."""
+        del worker, members
+        return 0
+
+    def holds_back(self, worker: str, members: Membership) -> bool:
+        """Whether a worker has to wait until the slowest live one has caught up."""
+        del worker, members
+        return False
 
 
 class SyncRounds(Rounds):
@@ -109,7 +127,11 @@ class SyncRounds(Rounds):
 
 
 class AsyncRounds(Rounds):
-    """Every act is a commit of its own, in the order of arrival, but for workers that are too far ahead."""
+    """Every act is a commit of its own, in the order of arrival.
+
+    A worker that its step takes too far ahead gets the answer, and with it the parameters, when the slowest has caught up.
+    So its gradients are used while they are fresh. One that did not wait for the answer is held back at its next act.
+    """
 
     refuses_older = False
 
@@ -120,16 +142,19 @@ class AsyncRounds(Rounds):
     def take_ready(self, members: Membership, version: int, *, started: bool, now: float) -> list[Act]:
         """Return the first act whose worker is not more steps ahead of the slowest live one than the policy allows."""
         for worker, act in self._acts.items():
-            if not isinstance(act, Contribution) or not self._too_far_ahead(worker, members):
+            if not isinstance(act, Contribution) or not self.holds_back(worker, members):
                 del self._acts[worker]
                 return [act]
         return []
 
-    def _too_far_ahead(self, worker: str, members: Membership) -> bool:
-        if self._limit is None:
-            return False
+    def ahead(self, worker: str, members: Membership) -> int:
+        """Return how many steps a worker is ahead of the slowest live one."""
         steps = {record.worker: record.steps for record in members.live()}
-        return steps.get(worker, 0) - min(steps.values(), default=0) > self._limit
+        return steps.get(worker, 0) - min(steps.values(), default=0)
+
+    def holds_back(self, worker: str, members: Membership) -> bool:
+        """Whether a worker is further ahead than the policy allows."""
+        return self._limit is not None and self.ahead(worker, members) > self._limit
 
 
 def rounds_for(policy: Policy) -> Rounds:
@@ -151,7 +176,7 @@ def check_alike(acts: Sequence[Act]) -> None:
 
 def what(act: Act) -> str:
     """Return the name of the call that an act stands for."""
-    return {"Contribution": "step", "LoadState": "load_state_dict", "AddGroup": "add_param_group"}[type(act).__name__]
+    return KINDS[type(act).__name__].value
 
 
 def weights(acts: Sequence[Contribution]) -> list[float] | None:

@@ -38,6 +38,7 @@ from farstep_wire.errors import (
 )
 from farstep_wire.layout import Layout, dtype_from_name
 from farstep_wire.policy import Policy, Sync, worker_order
+from farstep_wire.settings import Settings
 
 _LOGGER = logging.getLogger(__name__)
 _STOP_SECONDS = 30.0
@@ -55,6 +56,7 @@ class Blueprint:
     policy: Policy
     ephemeral: bool
     scalar_dtype: str = "float32"
+    settings: Settings | None = None
 
 
 @dataclass
@@ -224,7 +226,8 @@ class Directory:
         """Build the hosted optimizer that the worker has reserved."""
         try:
             engine = self._engine(blueprint, contents)
-            hosted = HostedOptimizer(self._identity(blueprint, uuid4().hex), engine, time.monotonic)
+            identity = self._identity(blueprint, uuid4().hex)
+            hosted = HostedOptimizer(identity, engine, time.monotonic, blueprint.settings)
         except BaseException:
             self.release(blueprint.name, worker)
             raise

@@ -27,7 +27,9 @@ INLINE_BYTES = 1024 * 1024
 """Parameters of hosted optimizers whose contributions may be handled on the session's thread."""
 
 # What leaves a hosted optimizer as it was.
-_SILENT = (ev.Touch, ev.ReadParameters, ev.ReadState, ev.ReadDescription, ev.TakeDump)
+_SILENT = (
+    ev.Touch, ev.ReadParameters, ev.ReadState, ev.ReadDescription, ev.ReadHistory, ev.ReadSchedule, ev.TakeDump
+)  # fmt: skip
 
 ReplyKind = TypeVar("ReplyKind")
 

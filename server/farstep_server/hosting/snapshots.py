@@ -331,7 +331,7 @@ class Snapshotter:
 
 
 def _standing(owner: Owner) -> Standing:
-    return owner.hosted.incarnation, owner.hosted.version, owner.hosted.decided
+    return owner.hosted.incarnation, owner.hosted.version, owner.hosted.decisions.decided
 
 
 @contextmanager

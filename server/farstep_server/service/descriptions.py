@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from farstep_server.core.history import Part, Round, RoundKind, RoundOutcome
 from farstep_server.core.records import Description, ParameterRow, StateRow, WorkerRow
+from farstep_server.core.schedules import ScheduleRow
 from farstep_wire.errors import ResourceExhaustedError
 from farstep_wire.layout import TensorSpec
 from farstep_wire.limits import MESSAGE_BYTES
@@ -17,6 +19,19 @@ _STANDINGS = {
     "waiting": pb.Worker.STANDING_WAITING,
     "expired": pb.Worker.STANDING_EXPIRED,
     "left": pb.Worker.STANDING_LEFT,
+}
+
+_KINDS = {
+    RoundKind.STEP: pb.Round.KIND_STEP,
+    RoundKind.LOAD_STATE: pb.Round.KIND_LOAD_STATE,
+    RoundKind.ADD_PARAM_GROUP: pb.Round.KIND_ADD_PARAM_GROUP,
+    RoundKind.RESTORE: pb.Round.KIND_RESTORE,
+}
+_OUTCOMES = {
+    RoundOutcome.COMMITTED: pb.Round.OUTCOME_COMMITTED,
+    RoundOutcome.SKIPPED: pb.Round.OUTCOME_SKIPPED,
+    RoundOutcome.ROLLED_BACK: pb.Round.OUTCOME_ROLLED_BACK,
+    RoundOutcome.REFUSED: pb.Round.OUTCOME_REFUSED,
 }
 
 
@@ -37,6 +52,9 @@ def encode_description(summary: pb.Summary, description: Description) -> pb.Desc
         arguments=to_map(description.arguments, "arguments"),
         last_step_seconds=description.last_step_seconds,
         stale_contributions=description.stale,
+        settings=to_map(description.settings.as_dict(), "settings"),
+        schedules=[_schedule(row) for row in description.schedules],
+        averaged=description.averaged,
     )
     if message.ByteSize() >= MESSAGE_BYTES:
         raise ResourceExhaustedError(
@@ -56,6 +74,41 @@ def _worker(row: WorkerRow) -> pb.Worker:
         stale=row.stale,
         epoch=row.epoch,
         lease_seconds=row.lease_seconds,
+        round_trip_seconds=row.round_trip_seconds,
+        staleness=row.staleness,
+    )
+
+
+def _schedule(row: ScheduleRow) -> pb.Schedule:
+    return pb.Schedule(
+        scheduler=row.spec.scheduler, every=row.spec.every, last_epoch=row.last_epoch, ended=row.ended, part=row.part
+    )
+
+
+def encode_round(item: Round) -> pb.Round:
+    """Encode a round of the history."""
+    return pb.Round(
+        number=item.number,
+        version=item.version,
+        incarnation=item.incarnation,
+        kind=_KINDS[item.kind],
+        outcome=_OUTCOMES[item.outcome],
+        parts=[_part(part) for part in item.parts],
+        evaluations=item.evaluations,
+        seconds=item.seconds,
+        reason=item.reason,
+    )
+
+
+def _part(part: Part) -> pb.Part:
+    return pb.Part(
+        worker=part.worker,
+        sequence=part.sequence,
+        abstained=part.abstained,
+        num_samples=part.num_samples or 0.0,
+        staleness=part.staleness,
+        ahead=part.ahead,
+        evaluations=part.evaluations,
     )
 
 

@@ -57,6 +57,7 @@ def _stepped(reply: ev.StepReply) -> pb.Stepped:
         loss=None if reply.loss is None else to_value(reply.loss, "loss"),
         parameters=reply.parameters is not None,
         staleness=reply.staleness,
+        notice=reply.notice,
     )
 
 

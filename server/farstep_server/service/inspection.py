@@ -13,7 +13,7 @@ from farstep_server.core.records import Description
 from farstep_server.hosting.directory import Directory, summary_fields
 from farstep_server.hosting.owner import Owner
 from farstep_server.hosting.snapshots import Snapshotter
-from farstep_server.service.descriptions import encode_description
+from farstep_server.service.descriptions import encode_description, encode_round
 from farstep_wire import __version__
 from farstep_wire.address import check_name
 from farstep_wire.convert import policy_to_proto
@@ -95,6 +95,13 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
         if self._directory.draining and not owner.hosted.abandoned:
             return DrainingError("the server is shutting down; watch again when it is back")
         return RemovedError(f"{owner.name!r} is no longer hosted: it was removed, or its last worker has left")
+
+    def History(self, request: pb.HistoryRequest, context: grpc.ServicerContext) -> Iterator[pb.Round]:
+        """Tell the rounds that are remembered, oldest first."""
+        owner = self._directory.find(checked_name(request.name))
+        reply = owner.ask(lambda ticket: ev.ReadHistory(ticket, request.after), ev.HistoryReply, _DESCRIBE_SECONDS)
+        for item in reply.rounds:
+            yield encode_round(item)
 
     def Remove(self, request: pb.RemoveRequest, context: grpc.ServicerContext) -> pb.RemoveReply:
         """Remove a hosted optimizer, its snapshots, or both.

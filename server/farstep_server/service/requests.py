@@ -22,7 +22,9 @@ from farstep_wire.v1 import common_pb2 as cpb
 from farstep_wire.v1 import optimizer_pb2 as pb
 from farstep_wire.values import from_value
 
-_WITH_BYTES = frozenset({"attach", "upload", "contribution", "evaluation", "load_state", "add_param_group"})
+_WITH_BYTES = frozenset(
+    {"attach", "upload", "contribution", "accumulate", "evaluation", "load_state", "add_param_group"}
+)
 NO_LAYOUT = Layout((), ())
 
 
@@ -43,12 +45,14 @@ class Request:
         match self.kind:
             case "contribution":
                 return self._contribution(ticket, worker, self.frame.contribution)
+            case "accumulate":
+                return self._accumulate(ticket, worker, self.frame.accumulate)
             case "evaluation":
                 return self._evaluation(ticket, worker, self.frame.evaluation)
             case "zero_grad":
                 return ev.ZeroGrad(ticket, worker, self.frame.zero_grad.epoch)
             case "pull":
-                return ev.ReadParameters(ticket, worker)
+                return ev.ReadParameters(ticket, worker, self.frame.pull.average)
             case "get_state":
                 return ev.ReadState(ticket, edited_from_proto(self.frame.get_state.parameters, self.layout))
             case "load_state":
@@ -74,7 +78,14 @@ class Request:
             message.closure,
             message.num_samples or None,
             message.omit_parameters,
+            message.accumulated,
         )
+
+    def _accumulate(self, ticket: ev.Ticket, worker: str, message: pb.Accumulate) -> ev.Accumulate:
+        _check_sequence(message.sequence)
+        staged = self._staged()
+        assert staged is not None, "planned with gradients"
+        return ev.Accumulate(ticket, worker, message.epoch, message.sequence, staged)
 
     def _staged(self) -> Staged | None:
         if self.plan is None:
@@ -178,6 +189,8 @@ class Decoder:
             edited = edited_from_proto(message.edited_parameters, layout)
             none = message.abstain or message.closure
             return plan_gradients(layout, forms_from_proto(message.forms, layout), edited, no_gradients=none)
+        if kind == "accumulate":
+            return plan_gradients(layout, forms_from_proto(frame.accumulate.forms, layout))
         if kind == "evaluation" and not frame.evaluation.error:
             return plan_gradients(layout, forms_from_proto(frame.evaluation.forms, layout))
         return None

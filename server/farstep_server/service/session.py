@@ -9,6 +9,7 @@ outbox is closed by whichever side ends first, so neither can wait for the other
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -35,6 +36,7 @@ from farstep_wire.errors import (
 from farstep_wire.frames import Incoming, NullSink, decode, encode
 from farstep_wire.layout import Layout
 from farstep_wire.limits import OLDEST_PROTOCOL, PROTOCOL, WORKER_BYTES
+from farstep_wire.settings import Settings
 from farstep_wire.v1 import optimizer_pb2 as pb
 from farstep_wire.values import from_map
 
@@ -42,7 +44,7 @@ _LOGGER = logging.getLogger(__name__)
 _JOIN_SECONDS = 60.0
 _TOUCH_SECONDS = 1.0
 _LONGEST_WAIT_SECONDS = 3600.0
-_STEPS = frozenset({"contribution", "evaluation"})
+_STEPS = frozenset({"contribution", "accumulate", "evaluation"})
 _ON_EXISTING = {
     pb.ON_EXISTING_UNSPECIFIED: "attach",
     pb.ON_EXISTING_ATTACH: "attach",
@@ -229,7 +231,8 @@ class Session:
 
     def _post(self, request: Request, seat: _Seat) -> None:
         if request.kind == "heartbeat":
-            seat.owner.post(ev.Touch(seat.worker, seat.epoch))
+            seconds = request.frame.heartbeat.round_trip_seconds
+            seat.owner.post(ev.Touch(seat.worker, seat.epoch, seconds if 0 < seconds < math.inf else 0.0))
             return
         ticket = SessionTicket(self._outbox, self._number)
         self._awaited += 1
@@ -285,7 +288,7 @@ class Session:
         def event(ticket: ev.Ticket) -> ev.Join:
             return ev.Join(
                 ticket, attach.worker, attach.instance, blueprint.policy, blueprint.layout, blueprint.options,
-                blueprint.optimizer, attach.lineage,
+                blueprint.optimizer, attach.lineage, blueprint.settings,
             )  # fmt: skip
 
         reply = owner.ask(event, ev.JoinReply, _JOIN_SECONDS)
@@ -346,4 +349,5 @@ def _blueprint(request: Request, attach: pb.Attach) -> Blueprint:
         policy_from_proto(attach.policy),
         attach.ephemeral,
         attach.default_dtype or "float32",
+        Settings().changed(from_map(attach.settings, "settings")) if attach.HasField("settings") else None,
     )

@@ -1,0 +1,139 @@
+"""The way from a round's contributions to its step, and what follows it.
+
+In this order: what workers have accumulated, the reduction in worker order, the non-finite guard, clipping, options, the
+step; and once it is committed the exponential moving average and the learning-rate schedules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from farstep_server.core.accumulation import Accumulators
+from farstep_server.core.averages import ExponentialAverage
+from farstep_server.core.engine import Engine
+from farstep_server.core.events import Contribution
+from farstep_server.core.gradients import Gradients, materialize, reduce_gradients
+from farstep_server.core.non_finite import blame, blame_mean
+from farstep_server.core.options import GroupEdits, difference, frozen_options
+from farstep_server.core.records import Dump
+from farstep_server.core.rounds import weights
+from farstep_server.core.schedules import Schedules
+from farstep_wire.errors import Applied, InvalidRequestError, NonFiniteError, NotFoundError
+from farstep_wire.layout import Layout
+from farstep_wire.settings import Settings
+
+
+class Pipeline:
+    """What is done around the steps of one engine. The owner alone calls it."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.accumulated = Accumulators()
+        self.schedules = Schedules(engine.optimizer)
+        self._average = self._new_average()
+
+    # Steps.
+
+    def step(self, contributors: Sequence[Contribution], edits: GroupEdits, lr_divisor: int) -> GroupEdits:
+        """Make one step of the contributions; return the options that the optimizer itself changed.
+
+        NonFiniteError: the guard objects. StepFailedError: the optimizer raised. Nothing has changed.
+        """
+        gradients: dict[str, Gradients] = {}
+        edited: dict[int, Tensor] = {}
+        for act in contributors:
+            assert act.staged is not None, "a contribution without closure has gradients"
+            own, changed = materialize(act.staged, self.engine.layout, self.engine.store.device)
+            gradients[act.worker] = self.accumulated.with_last(act.worker, own)
+            edited = {**changed, **edited}
+        reduced = self.reduce(gradients, weights(contributors))
+        return self.engine.step(reduced, edits, edited, self.settings, lr_divisor)
+
+    def reduce(self, gradients: Mapping[str, Gradients], shares: Sequence[float] | None) -> Gradients:
+        """Return the mean of the workers' gradients, in the order given; NonFiniteError says whom the guard blames."""
+        guarded = self.settings.non_finite != "allow"
+        blamed = blame(gradients, self.engine.layout) if guarded else ""
+        reduced = reduce_gradients(list(gradients.values()), shares)
+        if guarded and not blamed and len(gradients) > 1:
+            blamed = blame_mean(reduced, self.engine.layout)
+        if blamed:
+            raise NonFiniteError(
+                f"the gradients have an infinity or NaN, and nobody stepped. To blame: {blamed}", applied=Applied.NO
+            )
+        return reduced
+
+    def committed(self) -> tuple[GroupEdits, str]:
+        """Follow a committed step; return the options that schedules changed, and what the workers should be told."""
+        if self._average is not None:
+            self._average.update()
+        if not len(self.schedules):
+            return {}, ""
+        before = frozen_options(self.engine.optimizer)
+        told = self.schedules.follow()
+        return difference(before, self.engine.optimizer.param_groups), "; ".join(told)
+
+    # Settings and averages.
+
+    def configure(self, changes: Mapping[str, object]) -> None:
+        """Change settings; InvalidRequestError names a setting that there is not, or a value that cannot be."""
+        try:
+            self.settings = self.settings.changed(changes)
+        except (ValueError, TypeError) as error:
+            raise InvalidRequestError(str(error)) from None
+        if self.settings.ema_decay is None:
+            self._average = None
+        elif self._average is None:
+            self._average = self._new_average()
+        else:
+            self._average.decay = self.settings.ema_decay
+
+    def _new_average(self) -> ExponentialAverage | None:
+        decay = self.settings.ema_decay
+        return None if decay is None else ExponentialAverage(self.engine.store, decay)
+
+    @property
+    def averaged(self) -> int:
+        """How many steps the average has taken in."""
+        return 0 if self._average is None else self._average.count
+
+    def average(self, kind: str) -> Tensor:
+        """Return a copy of an average's bytes; NotFoundError where none is kept, or before its first step."""
+        if kind != "ema":
+            raise InvalidRequestError(f"there is no average {kind!r}; there is 'ema'")
+        if self._average is None:
+            raise NotFoundError("no average is kept here: set ema_decay, in farstep.Settings or by opt.remote.set")
+        if not self._average.count:
+            raise NotFoundError("the average begins with the next step; there was none since ema_decay was set")
+        return self._average.contents()
+
+    # Groups, dumps.
+
+    def options_of_creation(self) -> list[dict[str, object]]:
+        """Return the groups' options without what schedules have made of them: what a worker is built with."""
+        own = frozen_options(self.engine.optimizer)
+        before = self.schedules.options_before if len(self.schedules) else []
+        return [*before, *own[len(before) :]]
+
+    def add_group(self, group: Layout, options: Mapping[str, object], contents: Tensor) -> None:
+        """Add a param group to the engine and to what follows it."""
+        self.engine.add_group(group, options, contents)
+        if self._average is not None:
+            self._average = self._average.moved_to(self.engine.store)
+
+    def dumped_average(self) -> Tensor | None:
+        """Return what a dump keeps of the average."""
+        return None if self._average is None or not self._average.count else self._average.contents()
+
+    def take_over(self, dump: Dump) -> None:
+        """Take over all that a dump has of state, options, parameters, settings, schedules and averages."""
+        engine = self.engine
+        engine.restore_state([(key, entries) for key, entries in dump.state], dump.options)
+        engine.store.write(dump.contents)
+        self.schedules.restore(dump.schedules)
+        self.settings = dump.settings
+        self._average = self._new_average()
+        if self._average is not None and dump.average is not None:
+            self._average.restore(dump.average, dump.averaged)
