@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -14,13 +14,25 @@ from farstep_wire.address import Address
 from farstep_wire.convert import policy_from_proto
 from farstep_wire.layout import TensorSpec
 from farstep_wire.policy import Policy
-from farstep_wire.v1 import checkpoint_pb2, checkpoint_pb2_grpc, inspection_pb2, inspection_pb2_grpc
-from farstep_wire.values import from_map, from_value, spec_from_proto
+from farstep_wire.settings import Settings
+from farstep_wire.v1 import (
+    checkpoint_pb2,
+    checkpoint_pb2_grpc,
+    inspection_pb2,
+    inspection_pb2_grpc,
+    steering_pb2,
+    steering_pb2_grpc,
+)
+from farstep_wire.values import from_map, from_value, spec_from_proto, to_map
 
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """One worker of a hosted optimizer. ``standing`` is computing, waiting, expired or left."""
+    """One worker of a hosted optimizer. ``standing`` is computing, waiting, expired or left.
+
+    ``round_trip``: its last bare round trip to the server, None where none was measured yet. ``staleness``: of its last
+    contribution, in versions.
+    """
 
     id: str
     standing: str
@@ -29,6 +41,8 @@ class WorkerInfo:
     abstentions: int
     stale: int
     lease: timedelta
+    round_trip: timedelta | None
+    staleness: int
 
 
 @dataclass(frozen=True)
@@ -54,8 +68,59 @@ class ParameterInfo:
 
 
 @dataclass(frozen=True)
+class ScheduleInfo:
+    """A learning-rate schedule on the server. ``ended``: why it has, None while it runs; ``part``: another one steps it."""
+
+    scheduler: str
+    every: int
+    last_epoch: int
+    ended: str | None
+    part: bool
+
+
+@dataclass(frozen=True)
+class RoundPart:
+    """A worker's part in a round.
+
+    ``staleness``: versions committed between the one its gradients were taken at and the round. ``ahead``: steps that it was
+    ahead of the slowest live worker when the round began, which ``Async(max_staleness)`` bounds. ``evaluations``: how many of
+    the round's it answered.
+    """
+
+    worker: str
+    sequence: int
+    abstained: bool
+    num_samples: float | None
+    staleness: int
+    ahead: int
+    evaluations: int
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round, or another act that all workers took part in.
+
+    ``version`` is that after it. ``kind``: step, load_state, add_param_group or restore. ``outcome``: committed, skipped (by
+    all, or by the non-finite guard), rolled_back or refused; ``reason`` says why.
+    """
+
+    number: int
+    version: int
+    incarnation: int
+    kind: str
+    outcome: str
+    parts: tuple[RoundPart, ...]
+    evaluations: int
+    duration: timedelta
+    reason: str
+
+
+@dataclass(frozen=True)
 class Description:
-    """A hosted optimizer. ``parameters`` is empty where the table was not asked for."""
+    """A hosted optimizer. ``parameters`` is empty where the table was not asked for.
+
+    ``averaged``: steps that the exponential moving average has taken in; 0: none is kept, or it has not begun.
+    """
 
     name: str
     optimizer: str
@@ -75,6 +140,9 @@ class Description:
     parameters: tuple[ParameterInfo, ...]
     last_step: timedelta
     stale_contributions: int
+    settings: Settings
+    schedules: tuple[ScheduleInfo, ...]
+    averaged: int
 
 
 @dataclass(frozen=True)
@@ -91,13 +159,14 @@ class SnapshotInfo:
 
 
 class Server:
-    """Calls to one server's inspection and checkpoint services."""
+    """Calls to one server's inspection, checkpoint and steering services."""
 
     def __init__(self, address: Address, channel: Any, timeout_seconds: float) -> None:
         self._address = address
         self._timeout_seconds = timeout_seconds
         self._inspection = inspection_pb2_grpc.InspectionServiceStub(channel)
         self._checkpoint = checkpoint_pb2_grpc.CheckpointServiceStub(channel)
+        self._steering = steering_pb2_grpc.SteeringServiceStub(channel)
 
     def _call(self, method: Any, request: Any) -> Any:
         with raised_as_farstep(self._address, self._timeout_seconds):
@@ -107,6 +176,31 @@ class Server:
         """Describe one hosted optimizer."""
         request = inspection_pb2.DescribeRequest(name=name, parameters=parameters)
         return description_from_proto(self._call(self._inspection.Describe, request))
+
+    def history(self, name: str, after: int = 0) -> list[Round]:
+        """Return the rounds after that number that the server remembers, oldest first."""
+        request = inspection_pb2.HistoryRequest(name=name, after=after)
+        with raised_as_farstep(self._address, self._timeout_seconds):
+            return [round_from_proto(item) for item in self._inspection.History(request, timeout=self._timeout_seconds)]
+
+    def configure(self, name: str, changes: Mapping[str, Any]) -> Settings:
+        """Change settings of a hosted optimizer; return all as they stand."""
+        request = steering_pb2.ConfigureRequest(name=name, settings=to_map(changes, "settings"))
+        return Settings(**from_map(self._call(self._steering.Configure, request).settings, "settings"))
+
+    def declare_schedule(self, request: steering_pb2.DeclareScheduleRequest) -> steering_pb2.ScheduleState:
+        """Put a schedule on the server, or find it there."""
+        return self._call(self._steering.DeclareSchedule, request)  # type: ignore[no-any-return]
+
+    def schedule_state(self, name: str, number: int) -> steering_pb2.ScheduleState:
+        """Return a schedule's state."""
+        request = steering_pb2.GetScheduleRequest(name=name, number=number)
+        return self._call(self._steering.GetSchedule, request)  # type: ignore[no-any-return]
+
+    def load_schedule(self, name: str, number: int, state: Mapping[str, Any]) -> steering_pb2.ScheduleState:
+        """Replace a schedule's state."""
+        request = steering_pb2.LoadScheduleRequest(name=name, number=number, state=to_map(state, "state"))
+        return self._call(self._steering.LoadSchedule, request)  # type: ignore[no-any-return]
 
     def save(self, name: str, tag: str | None = None) -> SnapshotInfo:
         """Write a snapshot."""
@@ -165,7 +259,34 @@ def description_from_proto(message: inspection_pb2.Description) -> Description:
         parameters=tuple(_parameter_from_proto(row) for row in message.parameters),
         last_step=timedelta(seconds=message.last_step_seconds),
         stale_contributions=message.stale_contributions,
+        settings=Settings(**from_map(message.settings, "settings")),
+        schedules=tuple(
+            ScheduleInfo(item.scheduler, item.every, item.last_epoch, item.ended or None, item.part)
+            for item in message.schedules
+        ),
+        averaged=message.averaged,
     )
+
+
+def round_from_proto(message: inspection_pb2.Round) -> Round:
+    """Decode a round of the history."""
+    return Round(
+        number=message.number,
+        version=message.version,
+        incarnation=message.incarnation,
+        kind=inspection_pb2.Round.Kind.Name(message.kind).removeprefix("KIND_").lower(),
+        outcome=inspection_pb2.Round.Outcome.Name(message.outcome).removeprefix("OUTCOME_").lower(),
+        parts=tuple(
+            RoundPart(
+                part.worker, part.sequence, part.abstained, part.num_samples or None, part.staleness, part.ahead,
+                part.evaluations,
+            )
+            for part in message.parts
+        ),
+        evaluations=message.evaluations,
+        duration=timedelta(seconds=message.seconds),
+        reason=message.reason,
+    )  # fmt: skip
 
 
 def _worker_from_proto(message: inspection_pb2.Worker) -> WorkerInfo:
@@ -173,6 +294,7 @@ def _worker_from_proto(message: inspection_pb2.Worker) -> WorkerInfo:
     return WorkerInfo(
         message.id, standing, message.version, message.contributions, message.abstentions, message.stale,
         timedelta(seconds=message.lease_seconds),
+        timedelta(seconds=message.round_trip_seconds) if message.round_trip_seconds else None, message.staleness,
     )  # fmt: skip
 
 

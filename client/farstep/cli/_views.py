@@ -17,18 +17,21 @@ View = dict[str, Any]
 SUMMARY_KEYS = """\
   summary:  name, optimizer, version, live_workers, parameters, elements, parameter_bytes, policy, ephemeral, device,
             lineage, incarnation
-  policy:   kind ("sync": workers, min_workers, timeout_ms; "async": max_staleness)"""
+  policy:   kind ("sync": workers, min_workers, timeout_ms; "async": max_staleness,
+            scale_lr)"""
 LIST_KEYS = f"""\
 --json prints one object: server, optimizers (a list of summary)
 {SUMMARY_KEYS}"""
 DESCRIPTION_KEYS = f"""\
 --json prints one object: summary, workers, groups, parameters, state_bytes, arguments, last_step_seconds,
-stale_contributions. Floats that are not finite are the texts "nan", "inf" and "-inf"; null: there is none.
+stale_contributions, settings (by name), schedules, averaged. Floats that are not finite are the texts "nan", "inf" and
+"-inf"; null: there is none.
 {SUMMARY_KEYS}
   workers:     id, standing ("computing", "waiting", "expired", "left"), version, contributions, abstentions, stale,
-               epoch, lease_seconds
+               epoch, lease_seconds, round_trip_seconds, staleness
   groups:      parameters (how many), options (by name)
-  parameters:  key, group, shape, dtype, norm, gradient_norm, state (by name: value, shape, dtype, norm)"""
+  parameters:  key, group, shape, dtype, norm, gradient_norm, state (by name: value, shape, dtype, norm)
+  schedules:   scheduler, every, last_epoch, ended, part"""
 SNAPSHOT_KEYS = "snapshot: name, version, tag, created_unix, size_bytes, lineage, incarnation"
 
 
@@ -42,7 +45,7 @@ def policy(message: pb.Policy) -> View | None:
         case "async":
             relaxed = getattr(message, "async")
             staleness = relaxed.max_staleness if relaxed.HasField("max_staleness") else None
-            return {"kind": "async", "max_staleness": staleness}
+            return {"kind": "async", "max_staleness": staleness, "scale_lr": relaxed.scale_lr}
     return None
 
 
@@ -75,6 +78,8 @@ def worker(message: ipb.Worker) -> View:
         "stale": message.stale,
         "epoch": message.epoch,
         "lease_seconds": number(message.lease_seconds),
+        "round_trip_seconds": number(message.round_trip_seconds) if message.round_trip_seconds else None,
+        "staleness": message.staleness,
     }
 
 
@@ -118,6 +123,20 @@ def description(message: ipb.Description) -> View:
         "arguments": plain_map(message.arguments),
         "last_step_seconds": number(message.last_step_seconds),
         "stale_contributions": message.stale_contributions,
+        "settings": plain_map(message.settings),
+        "schedules": [schedule(item) for item in message.schedules],
+        "averaged": message.averaged,
+    }
+
+
+def schedule(message: ipb.Schedule) -> View:
+    """Return a learning-rate schedule."""
+    return {
+        "scheduler": message.scheduler,
+        "every": message.every,
+        "last_epoch": message.last_epoch,
+        "ended": message.ended or None,
+        "part": message.part,
     }
 
 
