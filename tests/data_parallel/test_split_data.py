@@ -38,7 +38,9 @@ def _data(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def _parameters(dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(6)
     shapes = [(10, 8), (8,), (8, 4), (4,)]
-    return [nn.Parameter(0.3 * torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in shapes]
+    return [
+        nn.Parameter(0.3 * torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in shapes
+    ]
 
 
 def _closure(
