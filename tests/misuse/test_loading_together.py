@@ -56,3 +56,14 @@ def test_what_one_worker_fetched_before_a_step_is_loaded_by_both(pair: Sequence[
     assert [own.remote.incarnation for own in pair] == [2, 2]
     parameter = pair[1].param_groups[0]["params"][0]
     assert torch.equal(pair[1].remote.state(parameter)["exp_avg"], fetched["state"][0]["exp_avg"])
+
+
+def test_what_one_worker_fetched_and_nobody_can_tell_is_loaded_by_both(pair: Sequence[Any]) -> None:
+    """Without its stamp it is any state dict, such as torch's own: the worker that had fetched it must not stand aside."""
+    _step(pair)
+    fetched = pair[0].state_dict()
+    del fetched["farstep"]
+    _together(*(lambda own=own: own.load_state_dict(deepcopy(fetched)) for own in pair))
+    assert [own.remote.incarnation for own in pair] == [2, 2]
+    _step(pair)
+    assert [own.remote.version for own in pair] == [2, 2]

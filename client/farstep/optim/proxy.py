@@ -9,6 +9,7 @@ subclass of their own.
 from __future__ import annotations
 
 import inspect
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, cast
@@ -21,7 +22,7 @@ from farstep.config import Remote, resolve_remote
 from farstep.optim.handle import RemoteHandle
 from farstep.session.session import Session, StepResult, Subject
 from farstep.session.snapshot import FetchedState
-from farstep_wire.errors import ConfigurationError, StepFailedError
+from farstep_wire.errors import Applied, ConfigurationError, FarstepError, StepFailedError
 
 if TYPE_CHECKING:
     _Base = Optimizer
@@ -84,11 +85,18 @@ class RemoteOptimizer(_Base):
     def step(self, closure: Callable[[], Any] | None = None, *, num_samples: float | None = None) -> Any:
         """Perform a single optimization step on the server and take over the new parameters.
 
+        ValueError: ``num_samples`` is not positive and finite; nothing has happened.
+
         Args:
             closure: reevaluates the model and returns the loss, as for the torch class. Optimizers that evaluate it once
                 do so here, before the gradients are sent; those that evaluate it many times are driven by the server.
             num_samples: weight of these gradients in the mean over the workers; all of a round give it, or none.
         """
+        if num_samples is not None and not 0 < num_samples < math.inf:
+            raise ValueError(
+                f"num_samples must be positive and finite, not {num_samples!r}; a worker without samples calls "
+                f"opt.remote.skip()"
+            )
         session = self._farstep_session()
         if session.subject.drives_closure:
             return self._farstep_driven_step(session, closure, num_samples)
@@ -209,7 +217,18 @@ class RemoteOptimizer(_Base):
         """
         session = self._farstep_session()
         session.follow(self.param_groups)
-        local = dict(self.state)
+        local, groups = dict(self.state), self.param_groups
+
+        def load() -> None:
+            try:
+                session.load_state(pairs, self.param_groups)
+            except FarstepError as error:
+                if error.applied is Applied.NO:
+                    # The server's are as they were, and so must these be.
+                    self.param_groups = groups
+                    self.state.update(local)
+                raise
+
         super().load_state_dict(state_dict)
         numbers = {
             id(parameter): index
@@ -226,7 +245,7 @@ class RemoteOptimizer(_Base):
         if session.is_current(pairs, state_dict.get(STATE_DICT_KEY)):
             self.state.update(local)
         else:
-            _as_torch_raises(lambda: session.load_state(pairs, self.param_groups))
+            _as_torch_raises(load)
         session.kept = len(self.state)
 
     # Copies.

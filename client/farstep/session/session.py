@@ -348,14 +348,14 @@ class Session:
     def is_current(self, state: Sequence[tuple[Any, Any]], stamp: object) -> bool:
         """Whether the state was fetched from the server at the version that this worker holds, and nothing was changed in it.
 
-        ``stamp``: what the state dict says of its origin. Workers load together and must come to one answer, also where one
-        of them fetched the state and handed it to the others; so one that did not fetch it itself asks the server.
+        ``stamp``: what the state dict says of its origin; without the one of that version it is taken for another state.
+        Workers load together and must come to one answer, also where one of them fetched the state and handed it to the
+        others; so it depends on the dict alone, and one that did not fetch it itself asks the server.
         """
         fetched, standing = self.fetched, self.link.standing
+        if stamp != {"lineage": standing.lineage, "incarnation": standing.incarnation, "version": standing.version}:
+            return False
         if fetched is None or (fetched.incarnation, fetched.version) != (standing.incarnation, standing.version):
-            own = {"lineage": standing.lineage, "incarnation": standing.incarnation, "version": standing.version}
-            if stamp != own:
-                return False
             pairs, info = self.get_state()
             fetched = self.fetched = FetchedState.of(pairs, info.incarnation, info.version)
         return state_digest(state) == fetched.digest
