@@ -1,14 +1,18 @@
-"""Train digits.py twice and compare: plain ``torch.optim`` in one process, then two workers against a farstep server.
+"""Train digits.py and compare: plain ``torch.optim`` in one process, then two workers against a farstep server, three ways.
 
     python demo.py          (or, from a checkout: make demo)
 
-The first run is digits.py with its one import line swapped for torch's. The second is digits.py as it stands, in two
+The first run is digits.py with its one import line swapped for torch's. The others are digits.py as it stands, in two
 worker processes under torchrun, against the embedded server that farstep starts on rank 0; there is nothing to set up.
-Both train on the same global batches from the same weights, so both end at about the same test accuracy (99.72 % each
-on two cores with torch 2.13). They are not equal to the last bit, because two half batches round differently from one
-whole batch.
 
-Exit status: 0 if the second run reaches 97 % test accuracy, 1 if not or if a run fails, 130 on Ctrl-C.
+- Sync: every step is one of both workers, on the mean of their gradients. It sees the same global batches from the same
+  weights as the first run, so both end at about the same test accuracy (99.72 % each on two cores with torch 2.13). They are
+  not equal to the last bit, because two half batches round differently from one whole batch.
+- Async: no worker waits for the other; each gradient is a step of its own.
+- LocalSGD: each worker trains by itself, and every 20 steps they take the mean of their parameters, so that about one
+  twentieth of the bytes travel.
+
+Exit status: 0 if each of them reaches 97 % test accuracy, 1 if not or if a run fails, 130 on Ctrl-C.
 """
 
 from __future__ import annotations
@@ -27,7 +31,13 @@ DIGITS = Path(__file__).with_name("digits.py")
 FARSTEP_IMPORT = "from farstep import optim"
 TORCH_IMPORT = "from torch import optim"
 WORKERS = 2
+LOCAL_STEPS = 20
 REQUIRED_ACCURACY = 97.0
+VARIANTS = {
+    "Sync": [],
+    "Async": ["--policy", "async"],
+    "LocalSGD": ["--local-sgd", str(LOCAL_STEPS)],
+}
 # Longer than torchrun itself gives its workers (30 s) before it kills them.
 STOP_TIMEOUT_SECONDS = 40.0
 
@@ -40,9 +50,11 @@ def main() -> int:
         swapped.write_text(swap_import(DIGITS.read_text()))
         plain = train([sys.executable, str(swapped)], folder / "torch.json", label="torch")
 
-        print(f"\n2. farstep.optim, {WORKERS} workers under torchrun, embedded server", flush=True)
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORKERS)]
-        remote = train([*torchrun, str(DIGITS)], folder / "farstep.json", label="farstep")
+        remote = {}
+        for number, (name, options) in enumerate(VARIANTS.items(), start=2):
+            print(f"\n{number}. farstep, {name}: {WORKERS} workers under torchrun, embedded server", flush=True)
+            remote[name] = train([*torchrun, str(DIGITS), *options], folder / f"{name}.json", label=name)
     return report(plain, remote)
 
 
@@ -72,7 +84,7 @@ def train(command: list[str], result: Path, *, label: str) -> dict[str, float]:
     assert process.stdout is not None
     try:
         for line in process.stdout:
-            print(f"   {label:>7} | {line}", end="", flush=True)
+            print(f"   {label:>8} | {line}", end="", flush=True)
         process.wait()
     finally:
         stop(process)
@@ -98,16 +110,22 @@ def stop(process: subprocess.Popen[str]) -> None:
         process.communicate()
 
 
-def report(plain: dict[str, float], remote: dict[str, float]) -> int:
-    """Print both results side by side and return the exit status."""
-    print(f"\n{'':24}{'workers':>8}{'steps':>8}{'seconds':>9}{'test accuracy':>15}")
-    for name, figures in (("plain torch.optim", plain), ("farstep.optim", remote)):
+def report(plain: dict[str, float], remote: dict[str, dict[str, float]]) -> int:
+    """Print the results side by side and return the exit status."""
+    print(f"\n{'':20}{'workers':>8}{'steps':>8}{'seconds':>9}{'test accuracy':>15}{'MB per worker':>15}")
+    for name, figures in {
+        "plain torch.optim": plain,
+        **{f"farstep, {name}": run for name, run in remote.items()},
+    }.items():
         print(
-            f"{name:24}{figures['workers']:8d}{figures['steps']:8d}"
-            f"{figures['seconds']:9.1f}{figures['accuracy']:13.2f} %"
+            f"{name:20}{figures['workers']:8d}{figures['steps']:8d}{figures['seconds']:9.1f}"
+            f"{figures['accuracy']:13.2f} %{figures['traffic_bytes'] / 1e6:15.1f}"
         )
-    if remote["accuracy"] < REQUIRED_ACCURACY:
-        print(f"farstep ended below {REQUIRED_ACCURACY:g} %", file=sys.stderr)
+    sync, local = (remote[name]["traffic_bytes"] for name in ("Sync", "LocalSGD"))
+    print(f"\nLocalSGD moved {local:,} bytes per worker, Sync {sync:,}: 1/{sync / local:.1f} of them")
+    below = [name for name, run in remote.items() if run["accuracy"] < REQUIRED_ACCURACY]
+    if below:
+        print(f"farstep ended below {REQUIRED_ACCURACY:g} % under {', '.join(below)}", file=sys.stderr)
         return 1
     return 0
 

@@ -16,6 +16,14 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "client" / "examples"
 DIGITS = EXAMPLES / "digits.py"
 DEMO = EXAMPLES / "demo.py"
+DIGITS_BYTES = 4 * 38_282  # of its parameters
+# Runs a script as if farstep were not installed.
+WITHOUT_FARSTEP = """
+import runpy, sys
+sys.modules["farstep"] = None
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -75,9 +83,9 @@ def environment() -> dict[str, str]:
     return environ
 
 
-def run(command: list[str]) -> str:
+def run(command: list[str], timeout: float = 100) -> str:
     """Run to the end and return the standard output."""
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=100, check=False)
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -89,8 +97,8 @@ def without_times(output: str) -> str:
 @each_example
 def test_runs_with_torch_alone(example: Example, tmp_path: Path) -> None:
     script = torch_script(example.path, tmp_path)
-    assert not re.search(r"^\s*(import|from) farstep", script.read_text(), re.MULTILINE)
-    output = run([sys.executable, "-W", "error", str(script), *example.arguments(example.short)])
+    assert not re.search(r"^(import|from) farstep", script.read_text(), re.MULTILINE)
+    output = run([sys.executable, "-W", "error", "-c", WITHOUT_FARSTEP, str(script), *example.arguments(example.short)])
     assert example.final_figure(output) < example.bound
 
 
@@ -108,6 +116,7 @@ def test_digits_ends_with_the_bits_of_torch(tmp_path: Path) -> None:
         run([sys.executable, str(script), "--epochs", "2", "--json", str(file)])
         figures[name] = json.loads(file.read_text())
         assert figures[name].pop("seconds") > 0
+        assert (figures[name].pop("traffic_bytes") > 0) == (name == "farstep")
     assert figures["farstep"] == figures["torch"]
 
 
@@ -118,6 +127,34 @@ def test_two_workers_train_on_the_same_global_batches(example: Example, tmp_path
     remote = run([*TORCHRUN, str(example.path), *example.arguments(example.very_short)])
     assert remote.count("final ") == plain.count("final "), "only rank 0 prints"
     assert example.final_figure(remote) == pytest.approx(example.final_figure(plain), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--policy", "async", "--max-staleness", "2"],
+        ["--policy", "async", "--local-sgd", "7"],  # every seventh step, and the four after the last of them
+    ],
+    ids=" ".join,
+)
+def test_digits_in_other_ways_to_train_together(options: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    output = run([*TORCHRUN, str(DIGITS), *options, "--epochs", "4", "--json", str(file)])
+    assert output.count("final ") == 1, "only rank 0 prints"
+    figures = json.loads(file.read_text())
+    assert figures["loss"] < 1.0
+    assert figures["steps"] == 88
+    every_step = 88 * 2 * DIGITS_BYTES
+    if "--local-sgd" in options:
+        assert figures["traffic_bytes"] < every_step / 5
+    else:
+        assert every_step < figures["traffic_bytes"] < every_step * 1.1
+
+
+def test_a_bound_of_staleness_goes_with_async(tmp_path: Path) -> None:
+    command = [sys.executable, str(torch_script(DIGITS, tmp_path)), "--max-staleness", "2"]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stderr) == (1, "--max-staleness 2 goes with --policy async\n")
 
 
 def test_batches_that_cannot_be_shared_equally_are_refused(tmp_path: Path) -> None:
@@ -169,7 +206,7 @@ def test_ctrl_c_ends_in_one_line(example: Example, optimizers: str, tmp_path: Pa
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("needle", ["torch | epoch  1", "farstep | epoch  1"])
+@pytest.mark.parametrize("needle", ["torch | epoch  1", "Sync | epoch  1"])
 def test_ctrl_c_ends_the_demo_with_all_it_started(needle: str) -> None:
     status, output = interrupt_after(needle, [sys.executable, str(DEMO)])
     assert status == 130
@@ -177,11 +214,24 @@ def test_ctrl_c_ends_the_demo_with_all_it_started(needle: str) -> None:
     assert "Traceback" not in output
 
 
-def test_demo_prints_both_accuracies_side_by_side() -> None:
-    output = run([sys.executable, str(DEMO)])
-    rows = re.findall(r"^(plain torch|farstep)\.optim +(\d) +(\d+) +\S+ +(\S+) %$", output, re.MULTILINE)
-    assert [(name, workers, steps) for name, workers, steps, _ in rows] == [
-        ("plain torch", "1", "440"),
-        ("farstep", "2", "440"),
+@pytest.mark.timeout(260)
+def test_demo_prints_what_each_way_reaches_and_costs() -> None:
+    output = run([sys.executable, str(DEMO)], timeout=240)
+    rows = re.findall(r"^(plain \S+|farstep, \S+) +(\d) +(\d+) +\S+ +(\S+) % +(\S+)$", output, re.MULTILINE)
+    assert [(name, workers, steps) for name, workers, steps, *_ in rows] == [
+        ("plain torch.optim", "1", "440"),
+        ("farstep, Sync", "2", "440"),
+        ("farstep, Async", "2", "440"),
+        ("farstep, LocalSGD", "2", "440"),
     ]
-    assert all(float(accuracy) >= 97 for *_, accuracy in rows)
+    assert all(float(accuracy) >= 97 for *_, accuracy, _ in rows)
+    match = re.search(
+        r"^LocalSGD moved ([\d,]+) bytes per worker, Sync ([\d,]+): 1/([\d.]+) of them$", output, re.MULTILINE
+    )
+    assert match, output
+    local, sync = (int(figure.replace(",", "")) for figure in match.groups()[:2])
+    assert [float(megabytes) for *_, megabytes in rows] == pytest.approx(
+        [0, sync / 1e6, sync / 1e6, local / 1e6], abs=1
+    )
+    assert 17 < sync / local < 22
+    assert float(match[3]) == pytest.approx(sync / local, abs=0.1)
