@@ -1,7 +1,7 @@
 """farstep: ``torch.optim`` as a service.
 
-``optim``, ``remote_optimizer`` and ``LocalSGD`` are imported when they are first used, since they bring torch with
-them and the command ``farstep`` has no need of it.
+``optim``, ``lr_scheduler``, ``remote_optimizer`` and ``LocalSGD`` are imported when they are first used, since they bring
+torch with them and the command ``farstep`` has no need of it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from farstep.config import Remote, Retry, Timeouts
 from farstep_wire import __version__, errors
 from farstep_wire.errors import FarstepError
 from farstep_wire.policy import Async, Sync
+from farstep_wire.settings import Settings
 
 if TYPE_CHECKING:
-    from farstep import optim
+    from farstep import lr_scheduler, optim
     from farstep.local_sgd import LocalSGD
     from farstep.optim import remote_optimizer
 
@@ -25,18 +26,20 @@ __all__ = [
     "LocalSGD",
     "Remote",
     "Retry",
+    "Settings",
     "Sync",
     "Timeouts",
     "__version__",
     "errors",
+    "lr_scheduler",
     "optim",
     "remote_optimizer",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "optim":
-        return import_module("farstep.optim")
+    if name in {"optim", "lr_scheduler"}:
+        return import_module(f"farstep.{name}")
     if name == "remote_optimizer":
         return import_module("farstep.optim").remote_optimizer
     if name == "LocalSGD":

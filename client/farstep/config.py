@@ -11,6 +11,7 @@ from farstep_wire.address import Address, check_name, parse_address
 from farstep_wire.errors import ConfigurationError
 from farstep_wire.limits import WORKER_BYTES
 from farstep_wire.policy import Async, Policy, Sync, as_timedelta
+from farstep_wire.settings import Settings
 
 OnExisting = Literal["attach", "error", "replace"]
 
@@ -73,6 +74,8 @@ class Remote:
         retry: pauses between attempts to connect.
         detect_edits: compare every parameter's bits before each step, so that edits through ``p.data`` are seen too. Without
             it only edits that torch itself records are seen (``p.copy_``, ``load_state_dict``).
+        settings: what the server does around each step (clipping, non-finite guard, average); None leaves it as it is on the
+            server, or as torch does it.
         token, tls, wire_dtype: no server of this release takes them; anything but None is a ConfigurationError.
     """
 
@@ -88,6 +91,7 @@ class Remote:
     timeouts: Timeouts = field(default_factory=Timeouts)
     retry: Retry = field(default_factory=Retry)
     detect_edits: bool = True
+    settings: Settings | None = None
 
     def __post_init__(self) -> None:
         for unserved in ("token", "tls", "wire_dtype"):
@@ -101,6 +105,8 @@ class Remote:
             raise ConfigurationError(
                 f"remote: policy must be farstep.Sync(...) or farstep.Async(...), not {self.policy!r}"
             )
+        if self.settings is not None and not isinstance(self.settings, Settings):
+            raise ConfigurationError(f"remote: settings must be farstep.Settings(...), not {self.settings!r}")
         if self.name is not None:
             check_name(self.name)
         if self.worker is not None:

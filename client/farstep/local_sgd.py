@@ -26,7 +26,7 @@ from farstep.config import Remote
 from farstep.optim.handle import RemoteHandle
 from farstep.optim.proxy import RemoteOptimizer
 from farstep.outer import OPTION, OuterFactory, build_outer, diloco, outer_group, pseudo_gradient
-from farstep_wire.errors import MismatchError
+from farstep_wire.errors import ConfigurationError, MismatchError
 
 STATE_DICT_KEY = "local_sgd"
 """The extra top-level key of a state dict: the outer optimizer's state, the outer parameters, and the open interval."""
@@ -318,9 +318,13 @@ class LocalSGDHandle(RemoteHandle):
         super().__init__(optimizer.outer)
         self._local = optimizer
 
-    def pull(self) -> int:
-        """Overwrite the model's parameters with the server's; return their version. Steps since the last sync are dropped."""
-        version = super().pull()
+    def pull(self, average: str | None = None) -> int:
+        """Overwrite the model's parameters with the server's; return their version. Steps since the last sync are dropped.
+
+        Args:
+            average: as for any handle; the model then holds the average of the outer parameters.
+        """
+        version = super().pull(average)
         self._local._take_over()
         return version
 
@@ -332,6 +336,10 @@ class LocalSGDHandle(RemoteHandle):
         applied = super().skip()
         self._local._take_over()
         return applied
+
+    def accumulate(self) -> None:
+        """Refused: the inner steps are what accumulates between two syncs."""
+        raise ConfigurationError("LocalSGD: gradients are the inner optimizer's, and there is nothing to accumulate")
 
     def state(self, parameter: Tensor) -> dict[str, Any]:
         """Return the outer optimizer's state of one of the model's parameters, tensors on the CPU.

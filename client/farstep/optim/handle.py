@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from farstep import inspection
-from farstep.inspection import Description, SnapshotInfo
+from farstep.inspection import Description, Round, SnapshotInfo
 from farstep.session.session import Session
 from farstep.transports.base import Traffic
+from farstep_wire.settings import Settings
 
 if TYPE_CHECKING:
     from farstep.optim.proxy import RemoteOptimizer
@@ -77,9 +78,51 @@ class RemoteHandle:
         """Bytes sent and received for this optimizer since it was built, reconnects included; asks nobody."""
         return self._optimizer._farstep.traffic
 
-    def pull(self) -> int:
-        """Overwrite the local parameters with the server's; return their version."""
-        return self._session.pull()
+    def pull(self, average: str | None = None) -> int:
+        """Overwrite the local parameters with the server's; return their version.
+
+        Args:
+            average: ``"ema"`` takes their exponential moving average instead, to evaluate it, say. Training goes on after a
+                plain ``pull()``; until then ``step`` refuses. NotFoundError: none is kept (``Settings(ema_decay=...)``).
+        """
+        return self._session.pull(average)
+
+    def accumulate(self) -> None:
+        """Move the gradients as they stand to the server, where they wait for this worker's next ``step``.
+
+        Many backward passes so make one step, and the memory of their sum is the server's. What is accumulated is added in
+        the order in which it came, as ``backward`` itself adds; the local gradients become None. ``zero_grad`` drops it.
+        With a GradScaler, ``unscale_`` before. GradientsLostError, at the next ``step``: the server has lost them.
+        """
+        session = self._session
+        session.accumulate(self._groups)
+        for group in self._groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    @property
+    def staleness(self) -> int:
+        """How stale the last gradients were: versions committed between the one they were taken at and their own step."""
+        return self._session.staleness
+
+    @property
+    def settings(self) -> Settings:
+        """What the server does around each step, as it stands there."""
+        return self.describe().settings
+
+    def set(self, **changes: Any) -> Settings:
+        """Change settings of the hosted optimizer, from its next step on; return all as they stand.
+
+        The names are those of ``farstep.Settings``. InvalidRequestError names one that there is not, or a bad value.
+        """
+        return self._session.ask_server(lambda server: server.configure(self.name, changes))
+
+    def history(self, after: int = 0) -> list[Round]:
+        """Return the rounds after that number, oldest first, as far as the server remembers them.
+
+        Each says who took part, how stale the gradients were, how many evaluations there were and how it ended.
+        """
+        return self._session.ask_server(lambda server: server.history(self.name, after))
 
     def skip(self) -> bool:
         """Tell the server that this worker has no gradients for this round; take over what the others made of it.

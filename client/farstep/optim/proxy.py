@@ -105,7 +105,8 @@ class RemoteOptimizer(_Base):
             with torch.enable_grad():
                 loss = closure()
         session.follow(self.param_groups)
-        abstain = self._farstep_found_inf() if "found_inf" in self.__dict__ else False
+        abstain = self._farstep_found_inf(session) if "found_inf" in self.__dict__ else False
+        abstain = abstain or session.only_takes(self.param_groups)
         if not abstain:
             self._farstep_reset_state(session)
         result = _as_torch_raises(lambda: session.step(self.param_groups, num_samples=num_samples, abstain=abstain))
@@ -124,12 +125,17 @@ class RemoteOptimizer(_Base):
         self._farstep_count(result)
         return result.loss
 
-    def _farstep_found_inf(self) -> bool:
+    def _farstep_found_inf(self, session: Session) -> bool:
         """Do what torch's fused optimizers do for a GradScaler: see whether it overflowed, and unscale where it has not."""
         if bool(self.__dict__["found_inf"]):
             return True
         scale = self.__dict__.get("grad_scale")
         if scale is not None:
+            if session.accumulated:
+                raise ConfigurationError(
+                    "the gradients that wait on the server are scaled: call scaler.unscale_(optimizer) before each "
+                    "opt.remote.accumulate() and before scaler.step(optimizer)"
+                )
             inverse = scale.double().reciprocal().float()
             for gradient in self._farstep_gradients():
                 gradient.mul_(inverse.to(gradient.device))
@@ -147,7 +153,7 @@ class RemoteOptimizer(_Base):
             return
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None or self._farstep_drives_closure:
+                if parameter.grad is not None or self._farstep_drives_closure or result.accumulated:
                     entries = self.state[parameter]
                     entries["step"] = entries.get("step", 0) + 1
         self._farstep.kept = len(self.state)

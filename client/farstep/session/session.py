@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from farstep.config import Remote
+from farstep.inspection import Server, connect
 from farstep.session.binding import Binding, layout_of
+from farstep.session.calls import call_done, call_get_state, call_pull
 from farstep.session.evaluations import Closure, Evaluations
 from farstep.session.groups import Groups, check_only_added, group_body, group_layout, hold
 from farstep.session.link import Link, internal
 from farstep.session.options import OptionTracker, sendable
 from farstep.session.placement import locate, policy_of, worker_of
+from farstep.session.replicas import replica_rank
 from farstep.session.snapshot import FetchedState, state_digest
 from farstep.transports.base import Traffic
-from farstep_wire.bundle import BundleBody, empty_buffer, read_bundle
+from farstep_wire.bundle import BundleBody
 from farstep_wire.convert import edits_from_proto, edits_to_proto, forms_to_proto, layout_to_proto, policy_to_proto
-from farstep_wire.errors import FarstepError
-from farstep_wire.frames import EMPTY, Body, BufferSink, BytesSource, NullSink, Sink
+from farstep_wire.errors import ConfigurationError, DeadlineError, FarstepError, UnavailableError
+from farstep_wire.frames import EMPTY, Body, BytesSource, NullSink, Sink
 from farstep_wire.layout import GradientForm, dtype_name
-from farstep_wire.policy import Sync
+from farstep_wire.policy import Async, Sync
 from farstep_wire.v1 import optimizer_pb2 as pb
-from farstep_wire.values import from_map, from_value, memory, to_map, to_value
+from farstep_wire.v1.steering_pb2 import DeclareScheduleRequest, ScheduleState
+from farstep_wire.values import from_map, from_value, to_map, to_value
 
 _LOGGER = logging.getLogger("farstep")
+Result = TypeVar("Result")
 _ON_EXISTING = {
     "attach": pb.ON_EXISTING_ATTACH,
     "error": pb.ON_EXISTING_ERROR,
@@ -48,12 +54,15 @@ class Subject:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What came of a step. ``applied`` is False where the contribution was not used or nobody had gradients."""
+    """What came of a step. ``applied`` is False where the contribution was not used or nobody had gradients.
+
+    ``accumulated``: sets of gradients that had waited on the server for it.
+    """
 
     applied: bool
     version: int
-    staleness: int
     loss: object
+    accumulated: int
 
 
 class Session:
@@ -70,6 +79,14 @@ class Session:
         self._binding: Binding | None = None
         self._groups: Groups = []
         self._unsettled = False
+        self._holds_average = False
+        self._replica_known = False
+        self._replica: int | None = None
+        self._schedules: list[DeclareScheduleRequest] = []
+        self.accumulated = 0
+        """Sets of gradients that wait on the server for this worker's next contribution."""
+        self.staleness = 0
+        """Versions that were committed between the parameters that the last gradients were taken at and their use."""
         self.fetched: FetchedState | None = None
         self.kept = 0
         """How many parameters the proxy keeps a step count of."""
@@ -85,6 +102,31 @@ class Session:
         """Whether rounds have more than one worker's contributions."""
         return isinstance(self.policy, Sync) and self.policy.workers > 1
 
+    def only_takes(self, groups: Groups) -> bool:
+        """Whether this worker's gradients are another one's already, so that it takes the parameters and gives nothing.
+
+        Found out once, at the first step. ConfigurationError: replicas cannot go through ``Async`` and stay in step.
+        """
+        if not self._replica_known:
+            self._replica_known = True
+            self._replica = replica_rank([tensor for group in groups for tensor in group["params"]])
+            if self._replica is not None:
+                self._tell_replica()
+        return bool(self._replica) and self.expects_several_workers
+
+    def _tell_replica(self) -> None:
+        if isinstance(self.policy, Async):
+            self._replica_known = False
+            raise ConfigurationError(
+                "the model is wrapped in DistributedDataParallel, whose replicas step together: use farstep.Sync, or drop "
+                "the wrapper to have each worker step on its own under farstep.Async"
+            )
+        if self.expects_several_workers:
+            _LOGGER.warning(
+                "farstep: the model is wrapped in DistributedDataParallel, which has averaged the gradients already: rank 0 "
+                "contributes them, the other ranks take the parameters over (this is rank %s)", self._replica,
+            )  # fmt: skip
+
     # Attaching.
 
     @property
@@ -98,6 +140,7 @@ class Session:
         link = Link(self.address, self.remote, self._attach_message)
         attached = link.attach(self.binding.contents)
         self._link = link
+        self.accumulated = 0
         if attached.outcome == pb.Attached.OUTCOME_CREATED:
             self.binding.remember()
         else:
@@ -105,6 +148,8 @@ class Session:
             for group, message in zip(groups, attached.groups, strict=False):
                 group.update(from_map(message, "param_groups"))
         self._options.acknowledge(groups)
+        for request in self._schedules:
+            self._declare(request)
         what = "created" if attached.outcome == pb.Attached.OUTCOME_CREATED else "joined"
         _LOGGER.info(
             "farstep: %s %r at %s as worker %s: version %d on %s", what, self.name, self.address, self.worker,
@@ -146,6 +191,8 @@ class Session:
             ephemeral=self.ephemeral,
             default_dtype=dtype_name(torch.get_default_dtype()),
         )
+        if self.remote.settings is not None:
+            attach.settings.CopyFrom(to_map(self.remote.settings.as_dict(), "settings"))
         return attach, Body([layout])
 
     # Steps.
@@ -158,6 +205,7 @@ class Session:
         edited: list[int] = []
         body: BytesSource = EMPTY
         if not abstain:
+            self._refuse_average()
             edited = self.binding.edited()
             forms, body = self.binding.gradients(edited)
         message = self._contribution(num_samples)
@@ -166,10 +214,32 @@ class Session:
         message.edits.extend(edits_to_proto(edits))
         message.edited_parameters.extend(edited)
         result = self._contribute(message, body, self._receive_step)
-        return self._after_step(result, edits)
+        return self._after_step(result, edits, abstain=abstain)
+
+    def accumulate(self, groups: Groups) -> None:
+        """Add the gradients as they stand to those that wait on the server for the next contribution."""
+        if self.subject.drives_closure:
+            raise ConfigurationError(
+                f"{self.subject.optimizer} asks its closure for gradients; there is nothing to accumulate: "
+                f"let the closure go through all of the batch"
+            )
+        self._refuse_average()
+        self._groups = groups
+        forms, body = self.binding.gradients()
+        standing = self.link.standing
+        standing.sequence += 1
+        message = pb.Accumulate(sequence=standing.sequence, forms=forms_to_proto(forms))
+
+        def make() -> tuple[pb.ClientFrame, BytesSource]:
+            message.epoch = standing.epoch
+            return pb.ClientFrame(accumulate=message), body
+
+        call_done(self.link, make)
+        self.accumulated += 1
 
     def driven_step(self, groups: Groups, closure: Closure, *, num_samples: float | None = None) -> StepResult:
         """Have the server drive the closure through one step."""
+        self._refuse_average()
         self._groups = groups
         edits = self._options.edits(groups)
         edited = self.binding.edited()
@@ -212,6 +282,7 @@ class Session:
             version=standing.version,
             incarnation=standing.incarnation,
             num_samples=num_samples or 0.0,
+            accumulated=self.accumulated,
         )
 
     def _contribute(
@@ -245,14 +316,18 @@ class Session:
             raise internal(f"{frame.WhichOneof('body')} where stepped is due")
         if frame.stepped.parameters:
             self.binding.received()
+            self._holds_average = False
         return frame.stepped
 
-    def _after_step(self, stepped: pb.Stepped, edits: dict[int, Any]) -> StepResult:
+    def _after_step(self, stepped: pb.Stepped, edits: dict[int, Any], *, abstain: bool = False) -> StepResult:
         standing = self.link.standing
         standing.version, standing.incarnation = stepped.version, stepped.incarnation
         used = stepped.outcome in {pb.Stepped.OUTCOME_COMMITTED, pb.Stepped.OUTCOME_SKIPPED}
         if used:
             self._options.acknowledge_edits(edits)
+        accumulated = self.accumulated
+        if not (abstain and used):
+            self.accumulated = 0
         changed = edits_from_proto(stepped.edits, len(self._groups)) if stepped.edits else {}
         rolled_back = stepped.outcome == pb.Stepped.OUTCOME_ROLLED_BACK
         if used or rolled_back:
@@ -263,9 +338,12 @@ class Session:
                 "farstep: a contribution of worker %s to %r was not used: %s; going on from version %d",
                 self.worker, self.name, reason, stepped.version,
             )  # fmt: skip
+        if stepped.notice:
+            _LOGGER.warning("farstep: %r at version %d: %s", self.name, stepped.version, stepped.notice)
         applied = stepped.outcome == pb.Stepped.OUTCOME_COMMITTED
         loss = from_value(stepped.loss, "loss") if stepped.HasField("loss") else None
-        return StepResult(applied, stepped.version, stepped.staleness, loss)
+        self.staleness = stepped.staleness
+        return StepResult(applied, stepped.version, loss, accumulated)
 
     def _take_options(self, changed: Mapping[int, tuple[dict[str, Any], Sequence[str]]]) -> None:
         for number, (values, removed) in changed.items():
@@ -297,53 +375,44 @@ class Session:
 
     def zero_grad(self) -> None:
         """Have the server drop what this worker has staged; no round trip where nothing can be."""
-        if self._link is None or not self._unsettled:
+        if self._link is None or not (self._unsettled or self.accumulated):
             return
 
         def make() -> tuple[pb.ClientFrame, BytesSource]:
             return pb.ClientFrame(zero_grad=pb.ZeroGrad(epoch=self.link.standing.epoch)), EMPTY
 
         self._call_done(make)
-        self._unsettled = False
+        self._unsettled, self.accumulated = False, 0
 
     # Parameters and state.
 
-    def pull(self) -> int:
-        """Take over the server's parameters; return their version."""
-        self._pull()
-        return self.link.standing.version
+    def pull(self, average: str | None = None) -> int:
+        """Take over the server's parameters, or an average of them; return their version."""
+        if average is None:
+            self._pull()
+            return self.link.standing.version
+        parameters = call_pull(self.link, self._sink_for, average)
+        self.binding.received()
+        self._holds_average = True
+        return parameters.version
+
+    def _refuse_average(self) -> None:
+        if self._holds_average:
+            raise ConfigurationError(
+                "the parameters here are an average, taken by opt.remote.pull(average=...); gradients at it are none of the "
+                "model's. Call opt.remote.pull() before training goes on"
+            )
 
     def _pull(self) -> None:
-        def handle(link: Link, deadline: float) -> pb.Parameters:
-            frame = link.receive(self._sink_for, deadline)
-            if frame.WhichOneof("body") != "parameters":
-                raise internal(f"{frame.WhichOneof('body')} where parameters are due")
-            return frame.parameters
-
-        parameters = self.link.call(lambda: (pb.ClientFrame(pull=pb.Pull()), EMPTY), handle)
+        parameters = call_pull(self.link, self._sink_for)
         self.binding.received()
         standing = self.link.standing
         standing.version, standing.incarnation = parameters.version, parameters.incarnation
+        self._holds_average = False
 
     def get_state(self, indices: Sequence[int] = ()) -> tuple[list[tuple[Any, Any]], pb.State]:
         """Return [(parameter index or other key, entries), ...] with CPU tensors, and the version they belong to."""
-        buffer = empty_buffer(0)
-
-        def sink_for(frame: pb.ServerFrame) -> Sink:
-            nonlocal buffer
-            buffer = empty_buffer(frame.total_bytes)
-            return BufferSink(memory(buffer, frame.total_bytes))
-
-        def handle(link: Link, deadline: float) -> pb.State:
-            frame = link.receive(sink_for, deadline)
-            if frame.WhichOneof("body") != "state":
-                raise internal(f"{frame.WhichOneof('body')} where state is due")
-            return frame.state
-
-        request = pb.GetState(parameters=indices)
-        state = self.link.call(lambda: (pb.ClientFrame(get_state=request), EMPTY), handle)
-        pairs = read_bundle(buffer, state.header_bytes, "state")
-        return [(key, entries) for key, entries in pairs], state
+        return call_get_state(self.link, indices)
 
     def is_current(self, state: Sequence[tuple[Any, Any]], stamp: object) -> bool:
         """Whether the state was fetched from the server at the version that this worker holds, and nothing was changed in it.
@@ -410,15 +479,59 @@ class Session:
         self._options.acknowledge_group(groups, number)
 
     def _call_done(self, make: Callable[[], tuple[pb.ClientFrame, BytesSource]]) -> None:
-        def handle(link: Link, deadline: float) -> pb.Done:
-            frame = link.receive(lambda _: NullSink(), deadline)
-            if frame.WhichOneof("body") != "done":
-                raise internal(f"{frame.WhichOneof('body')} where done is due")
-            return frame.done
-
-        done = self.link.call(make, handle)
+        done = call_done(self.link, make)
         standing = self.link.standing
         standing.version, standing.incarnation = done.version, done.incarnation
+
+    # Steering.
+
+    def declare_schedule(
+        self, groups: Groups, scheduler: str, arguments: dict[str, Any], parts: Sequence[int], every: int
+    ) -> ScheduleState:
+        """Put a learning-rate schedule on the server, and take over what it makes of the options."""
+        self._groups = groups
+        request = DeclareScheduleRequest(
+            number=len(self._schedules),
+            scheduler=scheduler,
+            arguments=to_map(arguments, scheduler),
+            parts=parts,
+            every=every,
+            edits=edits_to_proto(self._options.edits(groups)),
+        )
+        state = self._declare(request)
+        del request.edits[:]
+        self._schedules.append(request)
+        return state
+
+    @property
+    def schedules(self) -> int:
+        """How many schedules were declared here."""
+        return len(self._schedules)
+
+    def _declare(self, request: DeclareScheduleRequest) -> ScheduleState:
+        request.name, request.lineage = self.name, self.link.standing.lineage
+        state: ScheduleState = self.ask_server(lambda server: server.declare_schedule(request))
+        for group, message in zip(self._groups, state.groups, strict=False):
+            group.update(from_map(message, "param_groups"))
+        self._options.acknowledge(self._groups)
+        return state
+
+    def ask_server(self, act: Callable[[Server], Result]) -> Result:
+        """Ask the server something beside the session; again where the connection breaks, until it should be back.
+
+        Only for what may be asked twice.
+        """
+        timeouts, pause = self.remote.timeouts, self.remote.retry.first
+        deadline = time.monotonic() + timeouts.seconds("reconnect")
+        while True:
+            try:
+                with connect(self.address, timeouts.seconds("step")) as server:
+                    return act(server)
+            except UnavailableError as error:
+                if isinstance(error, DeadlineError) or time.monotonic() + pause > deadline:
+                    raise
+            time.sleep(pause)
+            pause = min(2 * pause, self.remote.retry.longest)
 
     # Ending and copying.
 
