@@ -15,12 +15,12 @@ from google.protobuf.descriptor import FileDescriptor
 from torch.optim import Optimizer
 
 import farstep
-from farstep import optim
+from farstep import lr_scheduler, optim
 from farstep.cli._main import build_parser
 from farstep.optim.handle import RemoteHandle
 from farstep_server.config import FIELDS
 from farstep_wire import errors
-from farstep_wire.v1 import checkpoint_pb2, inspection_pb2, optimizer_pb2
+from farstep_wire.v1 import checkpoint_pb2, inspection_pb2, optimizer_pb2, steering_pb2
 
 TORCH_CLASSES = {
     name
@@ -31,8 +31,8 @@ TORCH_CLASSES = {
 
 def test_farstep() -> None:
     assert sorted(farstep.__all__) == [
-        "Async", "FarstepError", "LocalSGD", "Remote", "Retry", "Sync", "Timeouts", "__version__", "errors", "optim",
-        "remote_optimizer",
+        "Async", "FarstepError", "LocalSGD", "Remote", "Retry", "Settings", "Sync", "Timeouts", "__version__", "errors",
+        "lr_scheduler", "optim", "remote_optimizer",
     ]  # fmt: skip
     for name in farstep.__all__:
         assert getattr(farstep, name) is not None
@@ -95,7 +95,7 @@ def test_the_handle() -> None:
     members = {name for name in vars(RemoteHandle) if not name.startswith("_")}
     assert members == {
         "name", "address", "worker", "version", "lineage", "incarnation", "device", "traffic",
-        "pull", "skip", "state", "describe", "checkpoint", "close",
+        "staleness", "settings", "pull", "skip", "accumulate", "state", "describe", "history", "set", "checkpoint", "close",
     }  # fmt: skip
     assert all(inspect.getdoc(getattr(RemoteHandle, name)) for name in members)
 
@@ -104,16 +104,34 @@ def _fields(kind: Any) -> list[str]:
     return [field.name for field in dataclasses.fields(kind)]
 
 
+def test_the_schedulers_are_torchs_but_for_those_that_need_a_function_or_a_metric() -> None:
+    assert set(lr_scheduler.__all__) == {
+        "ChainedScheduler", "ConstantLR", "CosineAnnealingLR", "CosineAnnealingWarmRestarts", "CyclicLR", "ExponentialLR",
+        "LinearLR", "MultiStepLR", "OneCycleLR", "PolynomialLR", "SequentialLR", "StepLR",
+    }  # fmt: skip
+    for name in lr_scheduler.__all__:
+        own, torchs = getattr(lr_scheduler, name), getattr(torch.optim.lr_scheduler, name)
+        assert issubclass(own, torchs)
+        added = [p for p in inspect.signature(own).parameters.values() if p.name == "every"]
+        assert [(p.kind.name, p.default) for p in added] == [("KEYWORD_ONLY", 1)]
+    for name, reason in {"LambdaLR": "function", "MultiplicativeLR": "function", "ReduceLROnPlateau": "metric"}.items():
+        with pytest.raises(errors.ConfigurationError, match=f"{name} cannot live on a server: .*{reason}"):
+            getattr(lr_scheduler, name)(None)
+    with pytest.raises(AttributeError, match="no scheduler 'StepRL'; it has ChainedScheduler"):
+        lr_scheduler.StepRL  # noqa: B018 - the access is what is tested
+
+
 def test_what_configures_a_client() -> None:
     assert _fields(farstep.Remote) == [
         "address", "name", "policy", "worker", "token", "tls", "transport", "wire_dtype", "on_existing", "timeouts",
-        "retry", "detect_edits",
+        "retry", "detect_edits", "settings",
     ]  # fmt: skip
     assert _fields(farstep.Timeouts) == ["connect", "step", "reconnect"]
     assert _fields(farstep.Retry) == ["first", "longest"]
     assert _fields(farstep.Sync) == ["workers", "min_workers", "timeout"]
-    assert _fields(farstep.Async) == ["max_staleness"]
-    for kind in (farstep.Remote, farstep.Timeouts, farstep.Retry, farstep.Sync, farstep.Async):
+    assert _fields(farstep.Async) == ["max_staleness", "scale_lr"]
+    assert _fields(farstep.Settings) == ["clip_grad_norm", "norm_type", "clip_grad_value", "non_finite", "ema_decay"]
+    for kind in (farstep.Remote, farstep.Timeouts, farstep.Retry, farstep.Sync, farstep.Async, farstep.Settings):
         kind()
         assert kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
 
@@ -171,7 +189,7 @@ def test_every_error_has_a_code_of_its_own_in_the_table() -> None:
 
 
 def test_the_services() -> None:
-    files: list[FileDescriptor] = [m.DESCRIPTOR for m in (optimizer_pb2, inspection_pb2, checkpoint_pb2)]
+    files: list[FileDescriptor] = [m.DESCRIPTOR for m in (optimizer_pb2, inspection_pb2, checkpoint_pb2, steering_pb2)]
     found = {
         f"{file.package}.{service.name}": [method.name for method in service.methods]
         for file in files
@@ -179,8 +197,9 @@ def test_the_services() -> None:
     }
     assert found == {
         "farstep.v1.OptimizerService": ["Session"],
-        "farstep.v1.InspectionService": ["GetServer", "List", "Describe", "Watch", "Remove"],
+        "farstep.v1.InspectionService": ["GetServer", "List", "Describe", "Watch", "History", "Remove"],
         "farstep.v1.CheckpointService": ["Save", "ListSnapshots", "Restore"],
+        "farstep.v1.SteeringService": ["Configure", "DeclareSchedule", "GetSchedule", "LoadSchedule"],
     }
 
 
