@@ -79,6 +79,7 @@ class LocalSGD(Optimizer):
         inner.param_groups, inner.state = groups, state
         self._interval = _Interval()
         self._marks: list[tuple[int, int]] = []
+        self._holds_average = False
         self.outer = build_outer(outer, [outer_group(group, sync_every) for group in groups], remote)
         try:
             self._check_hosted(sync_every)
@@ -163,6 +164,11 @@ class LocalSGD(Optimizer):
         """
         interval = self._interval
         _check_samples(interval, num_samples)
+        if self._holds_average:
+            raise ConfigurationError(
+                "the model holds an average, taken by opt.remote.pull(average=...), and training goes on from the "
+                "parameters themselves: call opt.remote.pull() before"
+            )
         if not interval.calls:
             self._take_over_edits()
         loss = None
@@ -231,7 +237,7 @@ class LocalSGD(Optimizer):
         for parameter, outer in self._pairs():
             parameter.copy_(outer)
             marks.append((parameter._version, parameter.data_ptr()))
-        self._marks, self._interval = marks, _Interval()
+        self._marks, self._interval, self._holds_average = marks, _Interval(), False
 
     @torch.no_grad()
     def _take_over_edits(self) -> bool:
@@ -308,7 +314,7 @@ class LocalSGD(Optimizer):
     # Copies.
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: self.__dict__[key] for key in ("inner", "outer", "_interval", "_marks")}
+        return {key: self.__dict__[key] for key in ("inner", "outer", "_interval", "_marks", "_holds_average")}
 
 
 class LocalSGDHandle(RemoteHandle):
@@ -322,10 +328,12 @@ class LocalSGDHandle(RemoteHandle):
         """Overwrite the model's parameters with the server's; return their version. Steps since the last sync are dropped.
 
         Args:
-            average: as for any handle; the model then holds the average of the outer parameters.
+            average: as for any handle; the model then holds the average of the outer parameters, and ``step`` refuses
+                until a plain ``pull()``.
         """
         version = super().pull(average)
         self._local._take_over()
+        self._local._holds_average = average is not None
         return version
 
     def skip(self) -> bool:

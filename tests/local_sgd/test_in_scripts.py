@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import OneCycleLR
 
-from farstep import LocalSGD, Sync, optim
+from farstep import LocalSGD, Sync, lr_scheduler, optim
 from farstep.optim.handle import RemoteHandle
+from farstep_wire.errors import ConfigurationError
 from tests.faults.models import parameters, same_bits, set_gradients
 from tests.local_sgd.models import Simulation, Worker, adamw, crew, remote, together
 from tests.local_sgd.test_algorithms import DILOCO
@@ -325,3 +326,41 @@ def test_the_handle_speaks_of_the_models_parameters(server: ServerProcess, name:
     assert handle.version == 2
     worker.optimizer.close()
     assert "not attached" in repr(handle)
+
+
+def test_an_average_is_for_looking_at(server: ServerProcess, name: str) -> None:
+    worker = Worker(remote(server.address, name), sync_every=2)
+    handle = worker.optimizer.remote
+    handle.set(ema_decay=0.5)
+    agreed = []
+    for numbers in (range(2), range(2, 4)):
+        worker.steps(numbers)
+        agreed.append([p.detach().clone() for p in worker.params])
+    handle.pull(average="ema")
+    assert not same_bits(worker.params, agreed[1])
+    before = [p.detach().clone() for p in worker.params]
+    with pytest.raises(ConfigurationError, match=r"holds an average.*call opt.remote.pull\(\)"):
+        worker.steps(range(1))
+    assert same_bits(worker.params, before)
+    handle.pull()
+    assert same_bits(worker.params, agreed[1])
+    worker.steps(range(4, 6))
+    assert handle.version == 3
+    with pytest.raises(ConfigurationError, match="there is nothing to accumulate"):
+        handle.accumulate()
+    worker.optimizer.close()
+
+
+def test_a_schedule_on_the_server_drives_the_outer_optimizer(server: ServerProcess, name: str) -> None:
+    worker = Worker(remote(server.address, name), sync_every=2)
+    simulation = Simulation(1, DILOCO)
+    hosted = lr_scheduler.StepLR(worker.optimizer.outer, 1, gamma=0.5)  # type: ignore[attr-defined]
+    local = torch.optim.lr_scheduler.StepLR(simulation.outer, 1, gamma=0.5)
+    for steps in (range(2), range(2, 4), range(4, 6)):
+        simulation.steps(steps)
+        simulation.sync()
+        local.step()
+        worker.steps(steps)
+    assert same_bits(worker.params, simulation.theta)
+    assert hosted.get_last_lr() == local.get_last_lr() == [0.7 / 8]
+    worker.optimizer.close()

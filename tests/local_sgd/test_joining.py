@@ -16,6 +16,12 @@ from tests.local_sgd.models import Worker, adamw, crew, remote, together
 from tests.support.servers import ServerProcess, Servers
 
 
+@pytest.fixture(scope="module")
+def impatient(module_servers: Servers) -> ServerProcess:
+    """A server with short leases."""
+    return module_servers("--lease", "2s")
+
+
 @pytest.mark.parametrize("policy", [Sync(1), Async()], ids=["sync", "async"])
 def test_a_joining_worker_starts_from_the_outer_parameters(server: ServerProcess, name: str, policy: Any) -> None:
     first = Worker(remote(server.address, name, 0, policy), sync_every=2)
@@ -35,8 +41,8 @@ def test_a_joining_worker_starts_from_the_outer_parameters(server: ServerProcess
 
 @pytest.mark.parametrize("policy", [Sync(1), Async()], ids=["sync", "async"])
 @pytest.mark.parametrize("steps", [0, 2], ids=["before the first round", "after it"])
-def test_another_sync_every_is_refused(servers: Servers, name: str, policy: Any, steps: int) -> None:
-    server = servers("--lease", "2s")
+def test_another_sync_every_is_refused(impatient: ServerProcess, name: str, policy: Any, steps: int) -> None:
+    server = impatient
     first = Worker(remote(server.address, name, 0, policy), sync_every=2)
     first.steps(range(steps))
     with pytest.raises(MismatchError) as told:
