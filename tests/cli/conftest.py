@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +58,13 @@ def options(**values: pb.Value) -> pb.ValueMap:
     )
 
 
+def settings(**changes: pb.Value) -> pb.ValueMap:
+    """Return the settings, those that are not given at their defaults."""
+    none = pb.Value(none=True)
+    defaults = {"clip_grad_norm": none, "norm_type": pb.Value(real=2.0), "clip_grad_value": none}
+    return options(**{**defaults, "non_finite": pb.Value(text="allow"), "ema_decay": none, **changes})
+
+
 def description(version: int = 120, *, parameters: bool = True) -> ipb.Description:
     betas = pb.Value(tuple=pb.ValueList(items=[pb.Value(real=0.9), pb.Value(real=0.999)]))
     tensor = pb.Value(tensor=pb.Tensor(spec=pb.TensorSpec(dtype="float32"), data=b"\x00\x00\x00\x3f"))
@@ -65,8 +73,22 @@ def description(version: int = 120, *, parameters: bool = True) -> ipb.Descripti
     return ipb.Description(
         summary=summary(version=version),
         workers=[
-            ipb.Worker(id="0", standing=ipb.Worker.STANDING_WAITING, version=120, contributions=119, epoch=1),
-            ipb.Worker(id="1", standing=ipb.Worker.STANDING_EXPIRED, abstentions=3, stale=2, lease_seconds=-4.5),
+            ipb.Worker(
+                id="0",
+                standing=ipb.Worker.STANDING_WAITING,
+                version=120,
+                contributions=119,
+                epoch=1,
+                round_trip_seconds=0.00025,
+            ),
+            ipb.Worker(
+                id="1",
+                standing=ipb.Worker.STANDING_EXPIRED,
+                abstentions=3,
+                stale=2,
+                lease_seconds=-4.5,
+                staleness=4,
+            ),
         ],
         groups=[
             options(lr=pb.Value(real=0.0003), betas=betas, foreach=pb.Value(none=True)),
@@ -89,7 +111,16 @@ def description(version: int = 120, *, parameters: bool = True) -> ipb.Descripti
         arguments=options(lr=pb.Value(real=0.001)),
         last_step_seconds=0.0031,
         stale_contributions=2,
-    )
+        settings=settings(
+            clip_grad_norm=pb.Value(real=1.0), norm_type=pb.Value(real=math.inf), non_finite=pb.Value(text="skip"),
+            ema_decay=pb.Value(real=0.99),
+        ),
+        schedules=[
+            ipb.Schedule(scheduler="OneCycleLR", every=2, last_epoch=60, ended="it was given 60 steps"),
+            ipb.Schedule(scheduler="ConstantLR", every=1, last_epoch=3, part=True),
+        ],
+        averaged=119,
+    )  # fmt: skip
 
 
 def server_info(**changes: Any) -> ipb.ServerInfo:

@@ -80,8 +80,8 @@ def test_ls_of_nothing(fake, capsys) -> None:
     ("policy", "view", "text"),
     [
         (pb.Policy(sync=pb.Sync(workers=3, min_workers=2)), ("sync", 3, 2, None), "Sync(workers=3, min_workers=2)"),
-        (pb.Policy(**{"async": pb.Async()}), ("async", None), "Async()"),
-        (pb.Policy(**{"async": pb.Async(max_staleness=0)}), ("async", 0), "Async(max_staleness=0)"),
+        (pb.Policy(**{"async": pb.Async()}), ("async", None, False), "Async()"),
+        (pb.Policy(**{"async": pb.Async(max_staleness=0)}), ("async", 0, False), "Async(max_staleness=0)"),
         (pb.Policy(), None, "-"),
     ],
 )
@@ -114,6 +114,8 @@ def test_show_json(fake, capsys) -> None:
                 "stale": 0,
                 "epoch": 1,
                 "lease_seconds": 0.0,
+                "round_trip_seconds": 0.00025,
+                "staleness": 0,
             },
             {
                 "id": "1",
@@ -124,6 +126,8 @@ def test_show_json(fake, capsys) -> None:
                 "stale": 2,
                 "epoch": 0,
                 "lease_seconds": -4.5,
+                "round_trip_seconds": None,
+                "staleness": 4,
             },
         ],
         "groups": [
@@ -164,6 +168,18 @@ def test_show_json(fake, capsys) -> None:
         "arguments": {"lr": 0.001},
         "last_step_seconds": 0.0031,
         "stale_contributions": 2,
+        "settings": {
+            "clip_grad_norm": 1.0,
+            "norm_type": "inf",
+            "clip_grad_value": None,
+            "non_finite": "skip",
+            "ema_decay": 0.99,
+        },
+        "schedules": [
+            {"scheduler": "OneCycleLR", "every": 2, "last_epoch": 60, "ended": "it was given 60 steps", "part": False},
+            {"scheduler": "ConstantLR", "every": 1, "last_epoch": 3, "ended": None, "part": True},
+        ],
+        "averaged": 119,
     }
 
 
