@@ -18,9 +18,11 @@ from tests.faults.models import parameters, set_gradients
 Result = TypeVar("Result")
 
 
-def remote(address: str, name: str, worker: int = 0, policy: Sync | Async | None = None) -> Remote:
-    """Return where to host it; gives up early."""
-    timeouts = Timeouts(connect=20, step=40, reconnect=20)
+def remote(
+    address: str, name: str, worker: int = 0, policy: Sync | Async | None = None, *, patience: float = 40
+) -> Remote:
+    """Return where to host it; a step is given up after ``patience`` seconds."""
+    timeouts = Timeouts(connect=20, step=patience, reconnect=20)
     return Remote(address, name=name, worker=worker, policy=policy or Sync(1), timeouts=timeouts)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from farstep import Async, LocalSGD, optim
+from farstep import Async, LocalSGD, Sync, optim
+from farstep_wire.errors import DeadlineError
 from tests.faults.models import parameters, same_bits, set_gradients
 from tests.local_sgd.models import Simulation, Worker, crew, remote, together
 from tests.support.servers import ServerProcess
@@ -101,6 +103,35 @@ def test_async_waits_for_nobody(server: ServerProcess, name: str) -> None:
         assert same_bits(worker.params, theta)
     assert second.optimizer.remote.version == 2
     for worker in (first, second):
+        worker.optimizer.close()
+
+
+def test_a_sync_that_fails_is_made_up_for(server: ServerProcess, name: str) -> None:
+    """The other worker comes too late for the first try; what was learnt counts once, whichever try it is that counts."""
+    simulation = Simulation(2, DILOCO)
+    impatient = remote(server.address, name, 0, Sync(2), patience=1)
+    first, second = together(
+        [
+            lambda: Worker(impatient, sync_every=2),
+            lambda: Worker(remote(server.address, name, 1, Sync(2)), sync_every=2),
+        ]
+    )
+    simulation.steps(range(2))
+    with pytest.raises(DeadlineError):
+        first.steps(range(2))
+    assert same_bits(first.params, simulation.params[0]), "the model stands as it did"
+    simulation.sync()
+    with ThreadPoolExecutor(1) as pool:
+        handed_in = pool.submit(second.steps, range(2))
+        for _ in range(20):
+            with suppress(DeadlineError):
+                first.optimizer.sync()
+                break
+        handed_in.result()
+    assert same_bits(first.params, simulation.theta)
+    assert same_bits(second.params, simulation.theta)
+    for worker in (first, second):
+        assert worker.optimizer.remote.version == 1
         worker.optimizer.close()
 
 
