@@ -68,8 +68,11 @@ class RemoteScheduler:
 
     @property
     def last_epoch(self) -> int:
-        """The steps that the schedule has taken, fetched from the server."""
-        return int(self._farstep_fetch()["last_epoch"])
+        """The steps that the schedule has taken, fetched from the server. AttributeError for ChainedScheduler, as in torch."""
+        state = self._farstep_fetch()
+        if "last_epoch" not in state:
+            raise AttributeError(f"{type(self).__name__} has no last_epoch of its own")
+        return int(state["last_epoch"])
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: the server steps the schedule with each committed step."""

@@ -153,10 +153,13 @@ class Engine:
 
     def clip_gradients(self, settings: Settings) -> None:
         """Clip the gradients as the settings say."""
-        if settings.clip_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.store.tensors, settings.clip_grad_norm, settings.norm_type)
-        if settings.clip_grad_value is not None:
-            torch.nn.utils.clip_grad_value_(self.store.tensors, settings.clip_grad_value)
+        if settings.clip_grad_norm is None and settings.clip_grad_value is None:
+            return
+        tensors = [tensor for tensor in self.store.tensors if tensor.grad is not None]
+        if tensors and settings.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(tensors, settings.clip_grad_norm, settings.norm_type)
+        if tensors and settings.clip_grad_value is not None:
+            torch.nn.utils.clip_grad_value_(tensors, settings.clip_grad_value)
 
     def step(
         self,

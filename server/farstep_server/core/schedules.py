@@ -153,9 +153,7 @@ class Schedules:
 
     def rows(self) -> list[ScheduleRow]:
         """Return the schedules for a description."""
-        return [
-            ScheduleRow(entry.spec, int(entry.scheduler.last_epoch), entry.part, entry.ended) for entry in self._entries
-        ]
+        return [ScheduleRow(entry.spec, _last_epoch(entry), entry.part, entry.ended) for entry in self._entries]
 
     def dump(self) -> list[ScheduleDump]:
         """Return what a dump keeps."""
@@ -174,6 +172,11 @@ class Schedules:
             entry.commits, entry.ended = dump.commits, dump.ended
             _load(entry.scheduler, dump.state)
         _set_options(self._optimizer, before)
+
+
+def _last_epoch(entry: _Entry) -> int:
+    # torch's ChainedScheduler keeps no count of its own.
+    return int(getattr(entry.scheduler, "last_epoch", entry.commits // entry.spec.every))
 
 
 def _set_options(optimizer: Optimizer, options: Sequence[Mapping[str, Any]]) -> None:
