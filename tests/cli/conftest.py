@@ -20,8 +20,10 @@ from farstep_wire.limits import OLDEST_PROTOCOL, PROTOCOL
 from farstep_wire.v1 import checkpoint_pb2 as cpb
 from farstep_wire.v1 import common_pb2 as pb
 from farstep_wire.v1 import inspection_pb2 as ipb
+from farstep_wire.v1 import steering_pb2 as spb
 from farstep_wire.v1.checkpoint_pb2_grpc import CheckpointServiceServicer, add_CheckpointServiceServicer_to_server
 from farstep_wire.v1.inspection_pb2_grpc import InspectionServiceServicer, add_InspectionServiceServicer_to_server
+from farstep_wire.v1.steering_pb2_grpc import SteeringServiceServicer, add_SteeringServiceServicer_to_server
 
 Answer = Callable[[Any, grpc.ServicerContext], Any]
 
@@ -123,6 +125,35 @@ def description(version: int = 120, *, parameters: bool = True) -> ipb.Descripti
     )  # fmt: skip
 
 
+def history() -> list[ipb.Round]:
+    """Return a step that both workers pushed to, one that was rolled back, and a state that was loaded."""
+    step, load = ipb.Round.KIND_STEP, ipb.Round.KIND_LOAD_STATE
+    return [
+        ipb.Round(
+            number=1,
+            version=119,
+            incarnation=2,
+            kind=step,
+            outcome=ipb.Round.OUTCOME_COMMITTED,
+            parts=[
+                ipb.Part(worker="0", sequence=7, num_samples=32.0, staleness=1, ahead=3, evaluations=5),
+                ipb.Part(worker="1", sequence=9, abstained=True, staleness=4),
+            ],
+            evaluations=5,
+            seconds=0.0025,
+        ),
+        ipb.Round(
+            number=2,
+            version=119,
+            incarnation=2,
+            kind=step,
+            outcome=ipb.Round.OUTCOME_ROLLED_BACK,
+            reason="worker 1 left",
+        ),
+        ipb.Round(number=3, version=120, incarnation=2, kind=load, outcome=ipb.Round.OUTCOME_COMMITTED, seconds=12.0),
+    ]
+
+
 def server_info(**changes: Any) -> ipb.ServerInfo:
     from importlib.metadata import version
 
@@ -157,7 +188,7 @@ def snapshot(version: int = 120, tag: str = "") -> cpb.SnapshotInfo:
 
 
 @dataclass
-class Fake(InspectionServiceServicer, CheckpointServiceServicer):
+class Fake(InspectionServiceServicer, CheckpointServiceServicer, SteeringServiceServicer):
     """Answers as told, and notes what it was asked."""
 
     answers: dict[str, Any] = field(default_factory=dict)
@@ -189,6 +220,12 @@ class Fake(InspectionServiceServicer, CheckpointServiceServicer):
     def Watch(self, request, context):
         yield from self._answer("Watch", request, context)
 
+    def History(self, request, context):
+        yield from self._answer("History", request, context)
+
+    def Configure(self, request, context):
+        return self._answer("Configure", request, context)
+
     def Remove(self, request, context):
         return self._answer("Remove", request, context)
 
@@ -208,6 +245,8 @@ def defaults() -> dict[str, Any]:
         "List": ipb.ListReply(optimizers=[summary()]),
         "Describe": lambda request, _: description(parameters=request.parameters),
         "Watch": lambda request, _: [description(120 + n, parameters=request.parameters) for n in range(3)],
+        "History": lambda request, _: history()[request.after :],
+        "Configure": spb.Configured(settings=settings(clip_grad_norm=pb.Value(real=0.5)), version=120),
         "Remove": ipb.RemoveReply(version=120, snapshots=3),
         "Save": lambda request, _: snapshot(tag=request.tag),
         "ListSnapshots": cpb.ListSnapshotsReply(snapshots=[snapshot(100), snapshot(120, "best")]),
@@ -223,6 +262,7 @@ def fake(tmp_path, monkeypatch) -> Iterator[Fake]:
     service = Fake(defaults(), address=f"unix:{tmp_path}/fake.sock")
     add_InspectionServiceServicer_to_server(service, server)
     add_CheckpointServiceServicer_to_server(service, server)
+    add_SteeringServiceServicer_to_server(service, server)
     state = health.HealthServicer()
     state.set("", health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(state, server)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import sys
 
 import pytest
 
 from farstep.cli import _client, main
-from farstep_wire.errors import RemovedError
+from farstep_wire.errors import InvalidRequestError, NotFoundError, RemovedError
 from farstep_wire.v1 import common_pb2 as pb
 from farstep_wire.v1 import inspection_pb2 as ipb
+from farstep_wire.values import from_map
 
-from .conftest import description, options, refuse, snapshot, summary
+from .conftest import description, options, refuse, settings, snapshot, summary
 
 SUMMARY = {
     "name": "resnet50",
@@ -82,6 +84,12 @@ def test_ls_of_nothing(fake, capsys) -> None:
         (pb.Policy(sync=pb.Sync(workers=3, min_workers=2)), ("sync", 3, 2, None), "Sync(workers=3, min_workers=2)"),
         (pb.Policy(**{"async": pb.Async()}), ("async", None, False), "Async()"),
         (pb.Policy(**{"async": pb.Async(max_staleness=0)}), ("async", 0, False), "Async(max_staleness=0)"),
+        (pb.Policy(**{"async": pb.Async(scale_lr=True)}), ("async", None, True), "Async(scale_lr=True)"),
+        (
+            pb.Policy(**{"async": pb.Async(max_staleness=4, scale_lr=True)}),
+            ("async", 4, True),
+            "Async(max_staleness=4, scale_lr=True)",
+        ),
         (pb.Policy(), None, "-"),
     ],
 )
@@ -96,7 +104,8 @@ def test_policies(fake, capsys, policy, view, text) -> None:
     assert main(["show", "x"]) == 0
     assert f"AdamW  version 120  {text}\n" in capsys.readouterr().out
     assert main(["ls"]) == 0
-    assert rows(capsys)["resnet50"][2] == ("Sync" if "Sync" in text else text)
+    short = "Sync" if "Sync" in text else text
+    assert f"AdamW {short} cuda:0 " in " ".join(rows(capsys)["resnet50"])
 
 
 def test_show_json(fake, capsys) -> None:
@@ -191,8 +200,8 @@ def test_show(fake, capsys) -> None:
     assert "1,234,567 elements, 4.7 MiB of parameters, 2.0 KiB of state, last step 3.1 ms" in out
     assert "2 stale contributions" in out
     lines = {words[0]: words for line in out.splitlines() if (words := line.split())}
-    assert lines["0"] == ["0", "waiting", "120", "119", "0", "0", "1", "0.0", "s"]
-    assert lines["1"] == ["1", "expired", "0", "0", "3", "2", "0", "-4.5", "s"]
+    assert lines["0"] == ["0", "waiting", "120", "119", "0", "0", "0", "1", "0.0", "s", "0.25", "ms"]
+    assert lines["1"] == ["1", "expired", "0", "0", "3", "2", "4", "0", "-4.5", "s", "-"]
     assert lines["lr"] == ["lr", "0.0003", "tensor(0.5)"]
     assert lines["betas"] == ["betas", "(0.9,", "0.999)", "(0.9,", "0.999)"]
     assert lines["foreach"] == ["foreach", "None", "-"]
@@ -268,6 +277,173 @@ def test_a_name_in_the_address_stands_for_one_that_is_not_given(fake, monkeypatc
     monkeypatch.setenv("FARSTEP_REMOTE", "unix:/nowhere#nothing")
     assert main([word.format(fake.address) for word in argv]) == 0
     assert [request.name for request in fake.requests("Describe")] == [name]
+
+
+def test_show_tells_what_the_server_does_around_each_step(fake, capsys) -> None:
+    assert main(["show", "resnet50"]) == 0
+    out = capsys.readouterr().out
+    assert "\nsettings: clip_grad_norm=1, norm_type=inf, non_finite=skip, ema_decay=0.99\n" in out
+    assert "\nexponential moving average over 119 steps\n" in out
+    schedules = [line.rstrip().split(maxsplit=3) for line in out.splitlines() if "LR" in line]
+    assert schedules == [
+        ["OneCycleLR", "2", "60", "ended: it was given 60 steps"],
+        ["ConstantLR", "1", "3", "part of another"],
+    ]
+
+
+def test_show_leaves_out_what_is_as_ever(fake, capsys) -> None:
+    plain = description()
+    plain.settings.CopyFrom(settings())
+    del plain.schedules[:]
+    plain.averaged = 0
+    fake.answers["Describe"] = plain
+    assert main(["show", "resnet50"]) == 0
+    out = capsys.readouterr().out
+    assert not any(word in out for word in ("settings", "average", "schedule"))
+    plain.settings.CopyFrom(settings(ema_decay=pb.Value(real=0.5)))
+    assert main(["show", "resnet50"]) == 0
+    assert "\nsettings: ema_decay=0.5\nthe moving average begins with the next step\n" in capsys.readouterr().out
+
+
+def test_workers(fake, capsys) -> None:
+    assert main(["workers", "resnet50", "--json"]) == 0
+    view = parsed(capsys)
+    assert {"name": view["name"], "version": view["version"]} == {"name": "resnet50", "version": 120}
+    assert [worker["round_trip_seconds"] for worker in view["workers"]] == [0.00025, None]
+    assert set(view["workers"][0]) == set(map(str, ipb.Worker.DESCRIPTOR.fields_by_name))
+    assert main(["workers", "resnet50"]) == 0
+    lines = rows(capsys)
+    assert " ".join(lines["0"]) == "0 waiting 120 119 0 0 0 1 0.0 s 0.25 ms"
+    assert " ".join(lines["1"]) == "1 expired 0 0 3 2 4 0 -4.5 s -"
+    assert [request.parameters for request in fake.requests("Describe")] == [False, False]
+
+
+def test_workers_of_a_name_without_any(fake, capsys) -> None:
+    fake.answers["Describe"] = ipb.Description(summary=summary())
+    assert main(["workers", "resnet50"]) == 0
+    assert capsys.readouterr().out == "resnet50 has had no workers in this life of the server\n"
+    assert main(["workers", "resnet50", "--json"]) == 0
+    assert parsed(capsys)["workers"] == []
+
+
+def test_history_json_prints_one_line_per_round(fake, capsys) -> None:
+    assert main(["history", "resnet50", "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == {
+        "number": 1,
+        "version": 119,
+        "incarnation": 2,
+        "kind": "step",
+        "outcome": "committed",
+        "parts": [
+            {
+                "worker": "0",
+                "sequence": 7,
+                "abstained": False,
+                "num_samples": 32.0,
+                "staleness": 1,
+                "ahead": 3,
+                "evaluations": 5,
+            },
+            {
+                "worker": "1",
+                "sequence": 9,
+                "abstained": True,
+                "num_samples": None,
+                "staleness": 4,
+                "ahead": 0,
+                "evaluations": 0,
+            },
+        ],
+        "evaluations": 5,
+        "seconds": 0.0025,
+        "reason": None,
+    }
+    assert [(line["kind"], line["outcome"], line["reason"]) for line in lines[1:]] == [
+        ("step", "rolled_back", "worker 1 left"),
+        ("load_state", "committed", None),
+    ]
+
+
+def test_history(fake, capsys) -> None:
+    assert main(["history", "resnet50"]) == 0
+    lines = rows(capsys)
+    assert " ".join(lines["1"]) == "1 119 step committed 4 3 5 2.5 ms 0 (1) -"
+    assert " ".join(lines["2"]) == "2 119 step rolled_back 0 0 0 0 ms - worker 1 left"
+    assert " ".join(lines["3"]) == "3 120 load_state committed 0 0 0 12 s - -"
+    assert main(["history", "resnet50", "--after", "2"]) == 0
+    assert set(rows(capsys)) & {"1", "2", "3"} == {"3"}
+    assert main(["history", "resnet50", "--after", "3"]) == 0
+    assert capsys.readouterr().out == "no rounds of resnet50 after round 3 are remembered\n"
+
+
+@pytest.mark.parametrize("verb", ["workers", "history"])
+def test_what_is_not_there_is_not_found(fake, capsys, verb) -> None:
+    fake.answers["Describe"] = fake.answers["History"] = refuse(NotFoundError("there is no 'resnet50'"))
+    assert main([verb, "resnet50"]) == 4
+    assert capsys.readouterr().err == "farstep: there is no 'resnet50'\n"
+
+
+def test_set(fake, capsys) -> None:
+    words = ["clip_grad_norm=.5", "norm_type=inf", "non_finite=skip", "ema_decay=None"]
+    assert main(["set", "resnet50", *words]) == 0
+    assert capsys.readouterr().out.startswith("resnet50 from version 120 on:\n")
+    request = fake.requests("Configure")[0]
+    assert request.name == "resnet50"
+    assert from_map(request.settings, "settings") == {
+        "clip_grad_norm": 0.5,
+        "norm_type": math.inf,
+        "non_finite": "skip",
+        "ema_decay": None,
+    }
+    assert main(["set", "resnet50", "clip_grad_norm=0.5"]) == 0
+    lines = rows(capsys)
+    assert [lines[key][1] for key in ("clip_grad_norm", "norm_type", "non_finite", "ema_decay")] == [
+        "0.5",
+        "2",
+        "allow",
+        "None",
+    ]
+    assert main(["set", "resnet50", "clip_grad_norm=0.5", "--json"]) == 0
+    stand = {"clip_grad_norm": 0.5, "norm_type": 2.0, "clip_grad_value": None, "non_finite": "allow", "ema_decay": None}
+    assert parsed(capsys) == {"name": "resnet50", "version": 120, "settings": stand}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["clip_grad_norm=-1"], "clip_grad_norm must be None or a positive number, not -1.0"),
+        (["clip_grad_norm=nan"], "clip_grad_norm must be None or a positive number, not nan"),
+        (["ema_decay=much"], "ema_decay must be None or between 0 and 1, not 'much'"),
+        (["non_finite=ignore"], "non_finite must be one of allow, raise, skip, not 'ignore'"),
+        (["clip=1"], "there is no setting 'clip'; there are clip_grad_norm, "),
+        (["ema_decay=0.9", "skip"], "'skip' is no setting; write SETTING=VALUE"),
+        (["ema_decay=0.9", "ema_decay=0.8"], "ema_decay is set twice"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused_before_anything_is_sent(fake, capsys, words, says) -> None:
+    assert main(["set", "resnet50", *words]) == 2
+    assert says in capsys.readouterr().err
+    assert fake.requests("Configure") == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        (["set", "ema_decay=0.9", "non_finite=skip"], "here"),
+        (["set", "ema_decay=0.9"], "here"),
+        (["set", "lr=0.1", "ema_decay=0.9"], "lr=0.1"),
+    ],
+)
+def test_set_knows_a_name_from_a_setting(fake, argv, name) -> None:
+    assert main(["--server", f"{fake.address}#here", *argv]) == 0
+    assert [request.name for request in fake.requests("Configure")] == [name]
+
+
+def test_set_says_what_the_server_refuses(fake, capsys) -> None:
+    fake.answers["Configure"] = refuse(InvalidRequestError("there is no setting 'ema_decay'; there are none"))
+    assert main(["set", "resnet50", "ema_decay=0.9"]) == 1
+    assert capsys.readouterr().err == "farstep: there is no setting 'ema_decay'; there are none\n"
 
 
 def test_watch_json_prints_one_line_per_description(fake, capsys) -> None:

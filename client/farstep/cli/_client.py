@@ -15,9 +15,12 @@ from farstep_wire.address import Address
 from farstep_wire.errors import DeadlineError, FarstepError, UnavailableError
 from farstep_wire.limits import MESSAGE_BYTES
 from farstep_wire.v1 import checkpoint_pb2 as cpb
+from farstep_wire.v1 import common_pb2 as pb
 from farstep_wire.v1 import inspection_pb2 as ipb
+from farstep_wire.v1 import steering_pb2 as spb
 from farstep_wire.v1.checkpoint_pb2_grpc import CheckpointServiceStub
 from farstep_wire.v1.inspection_pb2_grpc import InspectionServiceStub
+from farstep_wire.v1.steering_pb2_grpc import SteeringServiceStub
 
 _Request = TypeVar("_Request")
 _Reply = TypeVar("_Reply")
@@ -53,6 +56,7 @@ class Client:
         self._channel = grpc.insecure_channel(address.target, options=_OPTIONS)
         self._inspection = InspectionServiceStub(self._channel)
         self._checkpoint = CheckpointServiceStub(self._channel)
+        self._steering = SteeringServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -96,6 +100,21 @@ class Client:
         finally:
             call.cancel()
         raise UnavailableError(f"the server at {self._address} ended the watch; it may be shutting down")
+
+    def history(self, name: str, after: int) -> Iterator[ipb.Round]:
+        """Yield the rounds after that number that are remembered, oldest first."""
+        seconds = self._timeout or READ_SECONDS
+        call: Any = self._inspection.History(ipb.HistoryRequest(name=name, after=after), timeout=seconds)
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            raise translate(error, self._address, seconds) from None
+        finally:
+            call.cancel()
+
+    def configure(self, name: str, settings: pb.ValueMap) -> spb.Configured:
+        """Change settings; return all as they stand."""
+        return self._write(self._steering.Configure, spb.ConfigureRequest(name=name, settings=settings))
 
     def remove(self, name: str, *, snapshots: bool) -> ipb.RemoveReply:
         """Remove a hosted optimizer."""

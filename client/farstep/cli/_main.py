@@ -12,7 +12,14 @@ from farstep.cli import _verbs as verbs
 from farstep.cli._client import READ_SECONDS, WRITE_SECONDS
 from farstep.cli._doctor import DOCTOR_KEYS
 from farstep.cli._values import clean
-from farstep.cli._views import DESCRIPTION_KEYS, LIST_KEYS, SNAPSHOT_KEYS
+from farstep.cli._views import (
+    DESCRIPTION_KEYS,
+    HISTORY_KEYS,
+    LIST_KEYS,
+    SETTINGS_KEYS,
+    SNAPSHOT_KEYS,
+    WORKERS_KEYS,
+)
 from farstep_wire import __version__
 from farstep_wire.address import DEFAULT_PORT, Address, parse_address
 from farstep_wire.errors import ERROR_TABLE, ConfigurationError, FarstepError
@@ -32,6 +39,9 @@ examples:
   farstep ls
   farstep --server gpu-box:50051 show resnet50
   farstep watch resnet50 --server gpu-box:50051
+  farstep workers resnet50
+  farstep history resnet50 --after 1000
+  farstep set resnet50 clip_grad_norm=1.0 non_finite=skip
   farstep checkpoint save resnet50 --tag before-lr-drop
   farstep doctor --server unix:/run/farstep.sock
 
@@ -125,6 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     text = "shortest time between two updates (1)"
     watch.add_argument("--interval", metavar="SECONDS", type=_seconds, default=1.0, help=text)
     watch.add_argument("--count", metavar="N", type=_at_least(1), help="end after N updates; the first comes at once")
+    _add_rounds(parsers)
     rm = _verb(
         parsers, "rm", verbs.rm, "remove a hosted optimizer", "--json prints one object: name, version, snapshots"
     )
@@ -134,6 +145,17 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--count", metavar="N", type=_at_least(1), default=100, help="round trips to time (100)")
     _add_checkpoint(parsers)
     return parser
+
+
+def _add_rounds(parsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    _verb(parsers, "workers", verbs.workers, "list the workers of a hosted optimizer", WORKERS_KEYS)
+    history = _verb(parsers, "history", verbs.history, "list the last rounds, oldest first", HISTORY_KEYS)
+    text = "only rounds after number N (default: all that are remembered)"
+    history.add_argument("--after", metavar="N", type=_at_least(0), default=0, help=text)
+    text = "change what the server does around each step"
+    change = _verb(parsers, "set", verbs.configure, text, SETTINGS_KEYS)
+    text = "a setting and its new value; each is explained below"
+    change.add_argument("settings", metavar="SETTING=VALUE", nargs="+", help=text)
 
 
 def _add_checkpoint(parsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

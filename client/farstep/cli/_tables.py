@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 
 from rich import box
@@ -10,11 +10,13 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from farstep.cli._values import clean, text
+from farstep.cli._values import clean, number, text
 from farstep.cli._views import View
+from farstep_wire.settings import Settings
 
 _GROUPS_PER_TABLE = 6
 _PIPE_WIDTH = 1000
+_DEFAULTS = {key: number(value) if isinstance(value, float) else value for key, value in Settings().as_dict().items()}
 
 
 class _Console(Console):
@@ -40,11 +42,11 @@ def size(count: int) -> str:
     return f"{count} B" if unit == "B" else f"{amount:.1f} {unit}"
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> Table:
-    """Return a table whose first ``left`` columns are text, and the others numbers."""
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, tail: int = 0) -> Table:
+    """Return a table whose first ``left`` and last ``tail`` columns are text, and the others numbers."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for index, column in enumerate(columns):
-        if index < left:
+        if index < left or index >= len(columns) - tail:
             table.add_column(Text(column), overflow="fold")
         else:
             table.add_column(Text(column), justify="right", no_wrap=True)
@@ -61,8 +63,10 @@ def policy(view: View | None) -> str:
             words += [f"min_workers={least}"] if least is not None else []
             words += [f"timeout={timeout / 1000:g}"] if timeout is not None else []
             return f"Sync({', '.join(words)})"
-        case {"kind": "async", "max_staleness": staleness}:
-            return "Async()" if staleness is None else f"Async(max_staleness={staleness})"
+        case {"kind": "async", "max_staleness": staleness, "scale_lr": scaled}:
+            words = [f"max_staleness={staleness}"] if staleness is not None else []
+            words += ["scale_lr=True"] if scaled else []
+            return f"Async({', '.join(words)})"
     return "-"
 
 
@@ -99,7 +103,8 @@ def hosted(summaries: Sequence[View]) -> Table:
 def description(view: View, rate: float | None = None) -> Group:
     """Draw a hosted optimizer in full. ``rate``: steps per second, where it is known."""
     parts: list[RenderableType] = [_head(view, rate)]
-    parts += [Text(), _worker_table(view["workers"])] if view["workers"] else [Text("\nno workers")]
+    parts += [Text(), workers(view["workers"])] if view["workers"] else [Text("\nno workers")]
+    parts += [Text(), _schedule_table(view["schedules"])] if view["schedules"] else []
     parts += [part for table in _group_tables(view["groups"]) for part in (Text(), table)]
     if view["parameters"]:
         parts += [Text(), _parameter_table(view["parameters"])]
@@ -119,10 +124,30 @@ def _head(view: View, rate: float | None) -> Text:
         f"\n{kept} on {clean(line['device'])}; lineage {clean(line['lineage'])}, incarnation {line['incarnation']}",
         f"\n{count}, {memory}{step}",
         f"\n{view['stale_contributions']} stale contributions" if view["stale_contributions"] else "",
+        *(f"\n{line}" for line in _around_steps(view)),
     )
     for row in rows:
         head.append(row, style="not bold")
     return head
+
+
+def _around_steps(view: View) -> Iterator[str]:
+    """Yield what is done on the server around each step, as far as it is not the default."""
+    changed = {key: value for key, value in view["settings"].items() if value != _DEFAULTS.get(key)}
+    if changed:
+        yield f"settings: {text(changed)}"
+    if changed.get("ema_decay") is not None or view["averaged"]:
+        count = view["averaged"]
+        yield (
+            f"exponential moving average over {count} steps"
+            if count
+            else "the moving average begins with the next step"
+        )
+
+
+def settings(view: View) -> Table:
+    """Draw settings, each on a line."""
+    return _table(("setting", "value"), ((clean(key), text(value)) for key, value in view.items()), left=2)
 
 
 def one_line(view: View, rate: float | None) -> str:
@@ -134,8 +159,9 @@ def one_line(view: View, rate: float | None) -> str:
     return "  ".join(words)
 
 
-def _worker_table(workers: Sequence[View]) -> Table:
-    columns = ("worker", "standing", "version", "contributions", "abstentions", "stale", "epoch", "lease")
+def workers(views: Sequence[View]) -> Table:
+    """Draw the workers of a hosted optimizer."""
+    columns = ("worker", "standing", "version", "contributions", "abstentions", "stale", "staleness", "epoch", "lease")
     rows = (
         (
             clean(view["id"]),
@@ -144,12 +170,68 @@ def _worker_table(workers: Sequence[View]) -> Table:
             str(view["contributions"]),
             str(view["abstentions"]),
             str(view["stale"]),
+            str(view["staleness"]),
             str(view["epoch"]),
             f"{view['lease_seconds']:.1f} s" if isinstance(view["lease_seconds"], float) else view["lease_seconds"],
+            _duration(view["round_trip_seconds"]),
         )
-        for view in workers
+        for view in views
     )
-    return _table(columns, rows, left=2)
+    return _table((*columns, "round trip"), rows, left=2)
+
+
+def _duration(seconds: float | str | None) -> str:
+    match seconds:
+        case None:
+            return "-"
+        case str():
+            return seconds
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
+
+
+def _schedule_table(schedules: Sequence[View]) -> Table:
+    rows = (
+        (
+            clean(view["scheduler"]),
+            str(view["every"]),
+            str(view["last_epoch"]),
+            f"ended: {clean(view['ended'])}" if view["ended"] else "part of another" if view["part"] else "runs",
+        )
+        for view in schedules
+    )
+    return _table(("schedule", "every", "steps", "standing"), rows, tail=1)
+
+
+def rounds(views: Sequence[View]) -> Iterator[str]:
+    """Yield the lines of a history. Not rich's table: that takes a millisecond a row, and there may be 20,000."""
+    columns = ("round", "version", "kind", "outcome", "staleness", "ahead", "evaluations", "time", "workers", "reason")
+    rows = [
+        (
+            str(view["number"]),
+            str(view["version"]),
+            view["kind"],
+            view["outcome"],
+            str(max((part["staleness"] for part in view["parts"]), default=0)),
+            str(max((part["ahead"] for part in view["parts"]), default=0)),
+            str(view["evaluations"]),
+            _duration(view["seconds"]),
+            " ".join(_taker_part(part) for part in view["parts"]) or "-",
+            clean(view["reason"] or "-"),
+        )
+        for view in views
+    ]
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    texts = {"kind", "outcome", "workers", "reason"}
+    for row in (columns, *rows):
+        cells = zip(columns, row, widths, strict=True)
+        yield "  ".join(
+            cell.ljust(width) if name in texts else cell.rjust(width) for name, cell, width in cells
+        ).rstrip()
+
+
+def _taker_part(part: View) -> str:
+    worker = clean(part["worker"])
+    return f"({worker})" if part["abstained"] else worker
 
 
 def _group_tables(groups: Sequence[View]) -> list[Table]:

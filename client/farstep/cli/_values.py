@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Mapping
 from typing import Any
 
 from farstep_wire.v1 import common_pb2 as pb
@@ -54,6 +55,21 @@ def plain(value: pb.Value) -> Any:
 def plain_map(message: pb.ValueMap) -> dict[str, Any]:
     """Return a map as a JSON object; keys that are not text become text."""
     return {str(plain(entry.key)): plain(entry.value) for entry in message.entries}
+
+
+def value(item: float | str | None) -> pb.Value:
+    """Return a setting's value as the wire has it."""
+    match item:
+        case None:
+            return pb.Value(none=True)
+        case str():
+            return pb.Value(text=item)
+    return pb.Value(real=item)
+
+
+def value_map(items: Mapping[str, float | str | None]) -> pb.ValueMap:
+    """Return settings as the wire has them, in their own order."""
+    return pb.ValueMap(entries=[pb.ValueEntry(key=value(key), value=value(item)) for key, item in items.items()])
 
 
 def _item(value: pb.Value) -> Any:

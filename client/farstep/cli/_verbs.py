@@ -14,9 +14,10 @@ from farstep.cli import _tables as tables
 from farstep.cli import _views as views
 from farstep.cli._client import Client
 from farstep.cli._doctor import examine
-from farstep.cli._values import clean
+from farstep.cli._values import clean, plain_map, value_map
 from farstep_wire.address import Address, check_name
 from farstep_wire.errors import ConfigurationError
+from farstep_wire.settings import Settings
 
 Verb = Callable[[argparse.Namespace, Address], int]
 DECLINED = 130
@@ -107,6 +108,83 @@ def _each(
         draw(view, rate)
         if number == count:
             return
+
+
+def workers(arguments: argparse.Namespace, address: Address) -> int:
+    """List the workers of a hosted optimizer."""
+    name = _name(arguments, address)
+    with _client(arguments, address) as client:
+        view = views.description(client.describe(name, parameters=False))
+    if arguments.json:
+        _emit({"name": name, "version": view["summary"]["version"], "workers": view["workers"]})
+    elif view["workers"]:
+        tables.console().print(tables.workers(view["workers"]))
+    else:
+        print(f"{clean(name)} has had no workers in this life of the server")
+    return 0
+
+
+def history(arguments: argparse.Namespace, address: Address) -> int:
+    """List the last rounds of a hosted optimizer."""
+    name = _name(arguments, address)
+    with _client(arguments, address) as client:
+        rounds = (views.history_round(item) for item in client.history(name, arguments.after))
+        if arguments.json:
+            for view in rounds:
+                print(json.dumps(view, allow_nan=False))
+        elif found := list(rounds):
+            for line in tables.rounds(found):
+                print(line)
+        else:
+            after = f" after round {arguments.after}" if arguments.after else ""
+            print(f"no rounds of {clean(name)}{after} are remembered")
+    return 0
+
+
+def configure(arguments: argparse.Namespace, address: Address) -> int:
+    """Change settings of a hosted optimizer."""
+    name, changes = _named_settings(arguments, address)
+    with _client(arguments, address) as client:
+        reply = client.configure(name, value_map(changes))
+    settings = plain_map(reply.settings)
+    if arguments.json:
+        _emit({"name": name, "version": reply.version, "settings": settings})
+    else:
+        print(f"{clean(name)} from version {reply.version} on:")
+        tables.console().print(tables.settings(settings))
+    return 0
+
+
+def _named_settings(arguments: argparse.Namespace, address: Address) -> tuple[str, dict[str, float | str | None]]:
+    """Return the name that is meant and the settings; ConfigurationError names the field and the value that cannot be."""
+    words = list(arguments.settings)
+    first, equals, _ = (arguments.name or "").partition("=")
+    if equals and first in Settings().as_dict():
+        # The name is left out, which argparse cannot see. A name may have a "=" of its own.
+        words.insert(0, arguments.name)
+        arguments.name = None
+    changes: dict[str, float | str | None] = {}
+    for word in words:
+        field, equals, text = word.partition("=")
+        if not equals:
+            raise ConfigurationError(f"{word!r} is no setting; write SETTING=VALUE, such as clip_grad_norm=1.0")
+        if field in changes:
+            raise ConfigurationError(f"{field} is set twice, to {text!r} in the end")
+        changes[field] = _setting(text)
+    try:
+        Settings().changed(changes)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from None
+    return _name(arguments, address), changes
+
+
+def _setting(text: str) -> float | str | None:
+    if text.lower() == "none":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def rm(arguments: argparse.Namespace, address: Address) -> int:

@@ -22,13 +22,36 @@ SUMMARY_KEYS = """\
 LIST_KEYS = f"""\
 --json prints one object: server, optimizers (a list of summary)
 {SUMMARY_KEYS}"""
+_WORKER_KEYS = """\
+  workers:     id, standing ("computing", "waiting", "expired", "left"), version (of the parameters it was last sent),
+               contributions, abstentions, stale (contributions refused as stale), epoch, lease_seconds, round_trip_seconds
+               (as it measured it; null: not yet), staleness (of its last contribution)"""
+WORKERS_KEYS = f"""\
+--json prints one object: name, version, workers (a list, in worker order).
+{_WORKER_KEYS}"""
+HISTORY_KEYS = """\
+A server remembers the last rounds of its life, some thousands of them. A worker in brackets abstained; staleness and ahead
+are those of the worker with the most.
+--json prints one object a line: number, version, incarnation, kind ("step", "load_state", "add_param_group", "restore"),
+outcome ("committed", "skipped", "rolled_back", "refused"), parts, evaluations, seconds, reason (null: there is none).
+  parts:       worker, sequence, abstained, num_samples, staleness (versions committed since its gradients were taken),
+               ahead (steps ahead of the slowest live worker), evaluations"""
+SETTINGS_KEYS = """\
+settings; the others stay as they are, and "none" takes one away:
+  clip_grad_norm   largest norm of all reduced gradients together
+  norm_type        which p-norm that is; inf: the largest element
+  clip_grad_value  largest magnitude of any element
+  non_finite       an infinity or NaN in the gradients: allow it, raise an error, or skip the round
+  ema_decay        keep an exponential moving average of the parameters with this decay
+The change takes effect between two rounds.
+
+--json prints one object: name, version (that they were changed at), settings (all as they stand, by name)"""
 DESCRIPTION_KEYS = f"""\
 --json prints one object: summary, workers, groups, parameters, state_bytes, arguments, last_step_seconds,
 stale_contributions, settings (by name), schedules, averaged. Floats that are not finite are the texts "nan", "inf" and
 "-inf"; null: there is none.
 {SUMMARY_KEYS}
-  workers:     id, standing ("computing", "waiting", "expired", "left"), version, contributions, abstentions, stale,
-               epoch, lease_seconds, round_trip_seconds, staleness
+{_WORKER_KEYS}
   groups:      parameters (how many), options (by name)
   parameters:  key, group, shape, dtype, norm, gradient_norm, state (by name: value, shape, dtype, norm)
   schedules:   scheduler, every, last_epoch, ended, part"""
@@ -84,9 +107,12 @@ def worker(message: ipb.Worker) -> View:
 
 
 def _standing(value: ipb.Worker.Standing.ValueType) -> str:
-    if value not in ipb.Worker.Standing.values():
-        return str(int(value))
-    return ipb.Worker.Standing.Name(value).removeprefix("STANDING_").lower()
+    return _word(ipb.Worker.Standing, value, "STANDING_")
+
+
+def _word(enum: Any, value: int, prefix: str) -> str:
+    """Return an enum's value as a word; that of a newer server, as its number."""
+    return str(enum.Name(value)).removeprefix(prefix).lower() if value in enum.values() else str(int(value))
 
 
 def parameter(message: ipb.ParameterRow) -> View:
@@ -137,6 +163,33 @@ def schedule(message: ipb.Schedule) -> View:
         "last_epoch": message.last_epoch,
         "ended": message.ended or None,
         "part": message.part,
+    }
+
+
+def history_round(message: ipb.Round) -> View:
+    """Return a round of the history."""
+    return {
+        "number": message.number,
+        "version": message.version,
+        "incarnation": message.incarnation,
+        "kind": _word(ipb.Round.Kind, message.kind, "KIND_"),
+        "outcome": _word(ipb.Round.Outcome, message.outcome, "OUTCOME_"),
+        "parts": [_part(part) for part in message.parts],
+        "evaluations": message.evaluations,
+        "seconds": number(message.seconds),
+        "reason": message.reason or None,
+    }
+
+
+def _part(message: ipb.Part) -> View:
+    return {
+        "worker": message.worker,
+        "sequence": message.sequence,
+        "abstained": message.abstained,
+        "num_samples": number(message.num_samples) if message.num_samples else None,
+        "staleness": message.staleness,
+        "ahead": message.ahead,
+        "evaluations": message.evaluations,
     }
 
 
