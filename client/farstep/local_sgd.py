@@ -54,10 +54,10 @@ class LocalSGD(Optimizer):
     two inner steps is part of the distance covered.
 
     Args:
-        inner: a local optimizer that holds the model's parameters.
+        inner_optimizer: a local one that holds the model's parameters.
         remote: where the outer optimizer is hosted, as for every class of ``farstep.optim``. Under ``Sync`` a sync waits for
             the other workers, under ``Async`` for nobody.
-        sync_every: H, the number of inner steps between syncs; the same on each worker.
+        sync_every: H, the number of inner steps between syncs; the same on each worker. DiLoCo's is 500.
         outer: makes the outer optimizer: called as ``outer(groups, remote=remote)``, it returns an optimizer of
             ``farstep.optim`` over these groups. By default DiLoCo's, SGD(lr=0.7, momentum=0.9, nesterov=True);
             ``functools.partial(farstep.optim.SGD, lr=1.0)`` averages parameters.
@@ -69,10 +69,14 @@ class LocalSGD(Optimizer):
     _step_supports_amp_scaling = True
 
     def __init__(
-        self, inner: Optimizer, remote: str | Remote | None = None, *, sync_every: int, outer: OuterFactory = diloco
+        self,
+        inner_optimizer: Optimizer,
+        remote: str | Remote | None = None,
+        sync_every: int = 500,
+        outer: OuterFactory = diloco,
     ) -> None:
-        _check_arguments(inner, sync_every)
-        self.inner = inner
+        _check_arguments(inner_optimizer, sync_every)
+        self.inner = inner = inner_optimizer
         groups, state = inner.param_groups, inner.state
         super().__init__(groups, inner.defaults)
         # The constructor sets these anew, and here they are the inner optimizer's.

@@ -50,9 +50,13 @@ def test_the_handle(readme_server: ServerProcess) -> None:
         assert [(snapshot.version, snapshot.tag) for snapshot in server.snapshots("rnn")] == [(1, "first")]
 
 
+def test_what_the_server_does_for_many_workers(readme_server: ServerProcess) -> None:
+    assert _run(BLOCKS[3], readme_server) == "1 committed ['0']\n"
+
+
 def test_local_sgd(readme_server: ServerProcess) -> None:
-    assert re.fullmatch(r"3 Traffic\(sent=\d+, received=\d+\)\n", _run(BLOCKS[3], readme_server))
+    assert re.fullmatch(r"3 Traffic\(sent=\d+, received=\d+\)\n", _run(BLOCKS[4], readme_server))
 
 
 def test_there_are_no_other_blocks() -> None:
-    assert len(BLOCKS) == README.count("```python") == 4
+    assert len(BLOCKS) == README.count("```python") == 5
