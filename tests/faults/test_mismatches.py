@@ -60,3 +60,19 @@ def test_what_does_not_fit(
     assert hosted.remote.version == 1
     assert [worker.id for worker in hosted.remote.describe().workers] == ["0"]
     hosted.remote.close()
+
+
+@pytest.mark.parametrize("worker", ["1", "0"], ids=["another worker", "as the same worker"])
+def test_one_that_is_refused_at_the_door_is_no_member(server: ServerProcess, name: str, worker: str) -> None:
+    """Nobody waits for it, and the worker whose id it has used is not fenced."""
+    hosted = _build(optim.SGD, server.address, name, SHAPES, torch.float32)
+    with pytest.raises(MismatchError, match=r"\['lr'\] is 0\.1 on the server; worker . has 0\.2"):
+        params = [Parameter(torch.zeros(shape)) for shape in SHAPES]
+        optim.SGD(params, lr=0.2, remote=Remote(server.address, name=name, worker=worker))
+    for parameter in hosted.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    hosted.step()
+    assert hosted.remote.version == 1
+    [row] = hosted.remote.describe().workers
+    assert (row.id, row.contributions, row.standing) == ("0", 1, "computing")
+    hosted.remote.close()

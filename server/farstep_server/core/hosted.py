@@ -198,6 +198,8 @@ class HostedOptimizer:
         check_same(self.identity, self.engine, event)
         if event.lineage:
             check_reconnect(self.identity, self.members, event)
+        elif not self.version and not self.members.knows(event.worker, event.instance):
+            check_options(self.identity, self.pipeline, event)
         self._answers.take_held(event.worker)
         previous = self._rounds.drop(event.worker)
         record, resumed = self.members.join(event.worker, event.instance, now)
@@ -215,10 +217,8 @@ class HostedOptimizer:
         self._reply(event.ticket, self._welcome(event, record, resumed=resumed))
 
     def _welcome(self, event: ev.Join, record: WorkerRecord, *, resumed: bool) -> ev.JoinReply:
-        fresh = not self.version and not event.lineage
-        if fresh and not resumed:
-            check_options(self.identity, self.pipeline, event)
-        options = [] if fresh and not len(self.pipeline.schedules) else frozen_options(self.engine.optimizer)
+        has_them = not self.version and not event.lineage and not len(self.pipeline.schedules)
+        options = [] if has_them else frozen_options(self.engine.optimizer)
         return ev.JoinReply(
             resumed, self.identity.lineage, self.incarnation, self.version, record.epoch, record.settled_sequence,
             self.identity.policy, str(self.engine.store.device), options, len(self.engine.layout.parameters),

@@ -61,6 +61,11 @@ class Membership:
         """Return the live workers in worker order."""
         return [record for record in self if record.live]
 
+    def knows(self, worker: str, instance: str) -> bool:
+        """Whether that very instance of a worker was here before."""
+        record = self._records.get(worker)
+        return record is not None and record.instance == instance
+
     def join(self, worker: str, instance: str, now: float) -> tuple[WorkerRecord, bool]:
         """Let a worker in, or in again under a new epoch; return its record and whether its instance was here before."""
         record = self._records.get(worker)
