@@ -24,7 +24,10 @@ def same_value(left: object, right: object) -> bool:
 def _same_tensor(left: object, right: object) -> bool:
     if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
         return False
-    return left.dtype == right.dtype and left.shape == right.shape and bool(torch.equal(left.cpu(), right.cpu()))
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    a, b = (tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1) for tensor in (left, right))
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def frozen_value(value: object) -> object:

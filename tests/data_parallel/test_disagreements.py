@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
-from concurrent.futures import Future
-from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -134,8 +133,24 @@ def test_a_schedule_that_one_worker_is_ahead_in(training: Training) -> None:
 
 def test_num_samples_that_one_worker_gives(training: Training) -> None:
     training.step()
-    training.refused(_step(1, num_samples=32), _step(1), texts=("num_samples", "worker 1"))
+    texts = ("num_samples", "worker 0 gives 32", "worker 1 gives none")
+    training.refused(_step(1, num_samples=32), _step(1), texts=texts)
     training.step()
+
+
+def test_num_samples_that_one_worker_gives_to_a_step_that_drives_the_closure(server: ServerProcess, name: str) -> None:
+    def act(worker: Worker, *given: float | None) -> Any:
+        return worker.optimizer.step(
+            lambda: problems.evaluated(worker.params, worker.number), num_samples=given[worker.number]
+        )
+
+    with crew(server.address, name, 2, problems.parameters, "LBFGS", {"lr": 0.1}) as own:
+        training = Training(own)
+        texts = ("num_samples", "worker 0 gives none", "worker 1 gives 32")
+        training.refused(*[lambda worker: act(worker, None, 32)] * 2, texts=texts)
+        assert own.versions == {0}
+        own.together(act, 16, 32)
+        assert own.versions == {1}
 
 
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf")])
@@ -170,6 +185,56 @@ def test_add_param_group_on_one_worker_while_the_other_abstains(training: Traini
     training.step()
 
 
+def _loading(**changes: Any) -> Act:
+    """Load the state of this version again, with another learning rate or with other averages."""
+
+    def act(worker: Worker) -> Any:
+        loaded = copy.deepcopy(worker.optimizer.state_dict())
+        loaded["param_groups"][0]["lr"] = changes.get("lr", 0.1)
+        loaded["state"][1]["exp_avg"] += changes.get("shift", 0.0)
+        del loaded["farstep"]
+        worker.optimizer.load_state_dict(loaded)
+
+    return act
+
+
+@pytest.mark.parametrize(
+    ("changes", "texts"),
+    [
+        ({"lr": 0.5}, ("param_groups[0]['lr']", "worker 0 has 0.1", "worker 1 has 0.5")),
+        ({"shift": 1.0}, ("state[1]['exp_avg']", "worker 0 has a torch.float32 tensor", "worker 1 has")),
+    ],
+    ids=["option", "state"],
+)
+def test_workers_that_load_different_states(
+    training: Training, changes: dict[str, Any], texts: tuple[str, ...]
+) -> None:
+    training.step()
+    training.refused(_loading(), _loading(**changes), texts=("load_state_dict", *texts))
+    training.step()
+    training.own.together(_loading())
+    training.step()
+
+
+def test_workers_that_load_one_state_with_nan(training: Training) -> None:
+    training.step()
+    training.own.together(_loading(shift=float("nan")))
+    assert {worker.optimizer.remote.incarnation for worker in training.own.workers} == {2}
+
+
+def test_groups_that_are_added_with_different_options(training: Training) -> None:
+    training.step()
+
+    def adding(lr: float) -> Act:
+        added = {"params": [torch.nn.Parameter(torch.zeros(2))], "lr": lr}
+        return lambda worker: worker.optimizer.add_param_group(added)
+
+    texts = ("add_param_group", "param_groups[1]['lr']", "worker 0 has 0.1", "worker 1 has 0.2")
+    training.refused(adding(0.1), adding(0.2), texts=texts)
+    assert [len(worker.optimizer.param_groups) for worker in training.own.workers] == [1, 1]
+    training.step()
+
+
 # Joining.
 
 
@@ -191,31 +256,42 @@ def _build(address: str, name: str, worker: int, params: list[Tensor], cls: str 
     ],
     ids=["lr", "momentum", "class", "layout"],
 )
-def test_who_joins_with_something_else_is_refused_and_the_round_that_waits_goes_on_when_it_fits(
-    server: ServerProcess, name: str, how: dict[str, Any], texts: tuple[str, ...]
+@pytest.mark.parametrize("waits", [True, False], ids=["a worker waits", "a worker comes later"])
+def test_who_joins_with_something_else_is_refused_and_so_is_who_waits_for_it(
+    server: ServerProcess, name: str, how: dict[str, Any], texts: tuple[str, ...], waits: bool
 ) -> None:
-    first = Worker(0, problems.parameters())
+    first, second = (Worker(number, problems.parameters()) for number in range(2))
     first.optimizer = _build(server.address, name, 0, first.params, lr=0.1)
-    with first.pool:
-        pending: Future[Any] = first.do(_step(0))
-        with pytest.raises((MismatchError, LayoutMismatchError)) as raised:
+    with first.pool, second.pool:
+        pending = first.do(_step(0)) if waits else None
+        if pending is not None:
+            _await_waiting(first)
+        with pytest.raises((MismatchError, LayoutMismatchError)) as joined:
             _build(server.address, name, 1, **{"params": problems.parameters(), **how})
-        assert [text for text in texts if text not in str(raised.value)] == [], str(raised.value)
-        second = Worker(1, problems.parameters())
-        with second.pool:
-            second.optimizer = _build(server.address, name, 1, second.params, lr=0.1)
-            joining = second.do(_step(0))
-            # The worker that waited may have been told of the misfit, too: then it steps again.
-            with suppress(MismatchError):
-                pending.result(60)
-            if first.optimizer.remote.version == 0:
-                first.do(_step(0)).result(60)
-            joining.result(60)
-            local = problems.parameters()
-            for parameter, gradient in zip(local, mean([problems.dense(local, 0, w) for w in (0, 1)]), strict=True):
-                parameter.grad = gradient
-            torch.optim.SGD(local, lr=0.1).step()
-            for worker in (first, second):
-                twins.assert_same_parameters(worker.params, local, f"worker {worker.number}")
-                assert worker.optimizer.remote.version == 1
-                worker.optimizer.remote.close()
+        with pytest.raises((MismatchError, LayoutMismatchError)) as stepped:
+            (pending or first.do(_step(0))).result(30)
+        assert stepped.value.applied is Applied.NO
+        for error in (str(joined.value), str(stepped.value)):
+            assert [text for text in texts if text not in error] == [], error
+        # Each refusal is told once; now the round waits for whoever fits.
+        again = first.do(_step(0))
+        _await_waiting(first)
+        assert [row.id for row in first.optimizer.remote.describe().workers] == ["0"], "who was refused is no member"
+        second.optimizer = _build(server.address, name, 1, second.params, lr=0.1)
+        second.do(_step(0)).result(30)
+        again.result(30)
+        local = problems.parameters()
+        for parameter, gradient in zip(local, mean([problems.dense(local, 0, w) for w in (0, 1)]), strict=True):
+            parameter.grad = gradient
+        torch.optim.SGD(local, lr=0.1).step()
+        for worker in (first, second):
+            twins.assert_same_parameters(worker.params, local, f"worker {worker.number}")
+            assert worker.optimizer.remote.version == 1
+            worker.optimizer.remote.close()
+
+
+def _await_waiting(worker: Worker) -> None:
+    deadline = time.monotonic() + 20
+    while worker.optimizer.remote.describe().workers[0].standing != "waiting":
+        assert time.monotonic() < deadline, "the contribution does not wait in the round"
+        time.sleep(0.01)

@@ -22,10 +22,16 @@ from tests.support.servers import ServerProcess
 
 
 def _build(
-    cls: Any, address: str, name: str, shapes: Sequence[Sequence[int]], dtype: torch.dtype, **remote: Any
+    cls: Any,
+    address: str,
+    name: str,
+    shapes: Sequence[Sequence[int]],
+    dtype: torch.dtype,
+    lr: float = 0.1,
+    **remote: Any,
 ) -> Any:
     params = [Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
-    return cls(params, lr=0.1, remote=Remote(address, name=name, **remote))
+    return cls(params, lr=lr, remote=Remote(address, name=name, **remote))
 
 
 class Unheard(torch.optim.SGD):
@@ -38,6 +44,7 @@ CASES: list[tuple[str, dict[str, Any], type[FarstepError], tuple[str, ...]]] = [
     ("shape", {"shapes": [[2, 3], [5]]}, LayoutMismatchError, ("'0.1'", "float32[4]", "float32[5]")),
     ("dtype", {"dtype": torch.float64}, LayoutMismatchError, ("'0.0'", "float32[2, 3]", "float64[2, 3]")),
     ("number", {"shapes": SHAPES[:1]}, LayoutMismatchError, ("2 parameters are hosted", "1")),
+    ("learning rate", {"lr": 0.25}, MismatchError, ("param_groups[0]['lr'] is 0.1", "worker 7 has 0.25")),
     ("policy", {"policy": Async()}, MismatchError, ("Sync", "Async")),
     ("workers", {"policy": Sync(4)}, MismatchError, ("workers=1", "workers=4")),
     ("existing", {"on_existing": "error"}, AlreadyExistsError, ("hosted already",)),
@@ -66,8 +73,8 @@ def test_what_does_not_fit(
 def test_one_that_is_refused_at_the_door_is_no_member(server: ServerProcess, name: str, worker: str) -> None:
     """Nobody waits for it, and the worker whose id it has used is not fenced."""
     hosted = _build(optim.SGD, server.address, name, SHAPES, torch.float32)
+    params = [Parameter(torch.zeros(shape)) for shape in SHAPES]
     with pytest.raises(MismatchError, match=r"\['lr'\] is 0\.1 on the server; worker . has 0\.2"):
-        params = [Parameter(torch.zeros(shape)) for shape in SHAPES]
         optim.SGD(params, lr=0.2, remote=Remote(server.address, name=name, worker=worker))
     for parameter in hosted.param_groups[0]["params"]:
         parameter.grad = torch.ones_like(parameter)

@@ -7,7 +7,7 @@ from farstep_server.core.events import Join
 from farstep_server.core.identity import Identity
 from farstep_server.core.membership import Membership
 from farstep_server.core.pipeline import Pipeline
-from farstep_wire.errors import Applied, FencedError, LayoutMismatchError, MismatchError, RollbackError
+from farstep_wire.errors import Applied, FarstepError, FencedError, LayoutMismatchError, MismatchError, RollbackError
 from farstep_wire.plain import same_value
 
 
@@ -55,3 +55,26 @@ def check_reconnect(identity: Identity, members: Membership, event: Join) -> Non
                 f"worker {event.worker}: another process has attached as the same worker; give each worker its own id",
                 applied=Applied.NO,
             )
+
+
+class Misfits:
+    """Who was refused, and which members have been told: each hears once of each refusal, since both sides may be wrong."""
+
+    def __init__(self) -> None:
+        self._refused: dict[str, tuple[FarstepError, set[str]]] = {}
+
+    def refused(self, worker: str, error: FarstepError) -> None:
+        """Note that a worker was refused."""
+        self._refused[worker] = (type(error)(str(error), applied=Applied.NO), {worker})
+
+    def joined(self, worker: str) -> None:
+        """Note that a worker fits now."""
+        self._refused.pop(worker, None)
+
+    def untold(self, member: str) -> FarstepError | None:
+        """Return a refusal that a member has not heard of; it has now."""
+        for error, told in self._refused.values():
+            if member not in told:
+                told.add(member)
+                return error
+        return None

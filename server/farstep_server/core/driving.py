@@ -11,6 +11,7 @@ from farstep_server.core.driven import DrivenStep
 from farstep_server.core.identity import Identity
 from farstep_server.core.options import GroupEdits
 from farstep_server.core.pipeline import Pipeline
+from farstep_server.core.rounds import weights
 from farstep_wire.errors import (
     Applied,
     ClosureError,
@@ -60,12 +61,17 @@ class Driving:
     def start(
         self, acts: Sequence[ev.Contribution], contributors: Sequence[ev.Contribution], edits: GroupEdits
     ) -> None:
-        """Begin a step; InvalidRequestError where the contributors and the class do not agree that a closure drives it."""
+        """Begin a step.
+
+        InvalidRequestError: the contributors and the class do not agree that a closure drives it. MismatchError: some of the
+        contributors give a weight and some do not.
+        """
         if not self._pipeline.engine.entry.drives_closure or not all(act.closure for act in contributors):
             raise InvalidRequestError(
                 f"{self._identity.optimizer} and the contributions disagree on whether the closure drives the step",
                 applied=Applied.NO,
             )
+        weights(contributors)
         self._since = self._clock()
         step = DrivenStep(self._pipeline, acts, edits)
         step.start()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 from farstep_server.core import describe
 from farstep_server.core import events as ev
-from farstep_server.core.admission import check_options, check_reconnect, check_same
+from farstep_server.core.admission import Misfits, check_options, check_reconnect, check_same
 from farstep_server.core.answers import Answers, Standing
 from farstep_server.core.decisions import Decisions
 from farstep_server.core.driving import Driving, defect
@@ -24,7 +24,7 @@ from farstep_server.core.gradients import materialize
 from farstep_server.core.history import RoundKind
 from farstep_server.core.identity import Identity
 from farstep_server.core.membership import Membership, Settled, WorkerRecord
-from farstep_server.core.options import GroupEdits, agreed_edits, frozen_options
+from farstep_server.core.options import GroupEdits, agreed_edits, check_same_value, frozen_options
 from farstep_server.core.parameters import ParameterReader
 from farstep_server.core.pipeline import Pipeline
 from farstep_server.core.records import Dump, Outcome
@@ -43,7 +43,7 @@ from farstep_wire.errors import (
     NonFiniteError,
     RollbackError,
 )
-from farstep_wire.policy import Async
+from farstep_wire.policy import Async, Sync
 from farstep_wire.settings import Settings
 
 Deferred = ev.Act | ev.ReadParameters | ev.TakeDump | ev.Steering
@@ -60,6 +60,7 @@ class HostedOptimizer:
         self.engine = engine
         self.pipeline = Pipeline(engine, settings or Settings())
         self.members = Membership(identity.lease_seconds)
+        self._misfits = Misfits()
         self._clock = clock
         self._standing = Standing()
         self._rounds = rounds_for(identity.policy)
@@ -195,11 +196,17 @@ class HostedOptimizer:
     # Membership.
 
     def _on_join(self, event: ev.Join, now: float) -> None:
-        check_same(self.identity, self.engine, event)
+        fresh = not self.version and not event.lineage
+        try:
+            check_same(self.identity, self.engine, event)
+            if fresh and not self.members.knows(event.worker, event.instance):
+                check_options(self.identity, self.pipeline, event)
+        except (LayoutMismatchError, MismatchError) as error:
+            self._tell_misfit(event.worker, error)
+            raise
         if event.lineage:
             check_reconnect(self.identity, self.members, event)
-        elif not self.version and not self.members.knows(event.worker, event.instance):
-            check_options(self.identity, self.pipeline, event)
+        self._misfits.joined(event.worker)
         self._answers.take_held(event.worker)
         previous = self._rounds.drop(event.worker)
         record, resumed = self.members.join(event.worker, event.instance, now)
@@ -214,11 +221,26 @@ class HostedOptimizer:
             self._driving.drop(event.worker)
             self.pipeline.accumulated.drop(event.worker)
         self._had_workers = True
-        self._reply(event.ticket, self._welcome(event, record, resumed=resumed))
+        self._reply(event.ticket, self._welcome(record, fresh=fresh, resumed=resumed))
 
-    def _welcome(self, event: ev.Join, record: WorkerRecord, *, resumed: bool) -> ev.JoinReply:
-        has_them = not self.version and not event.lineage and not len(self.pipeline.schedules)
-        options = [] if has_them else frozen_options(self.engine.optimizer)
+    def _tell_misfit(self, worker: str, error: FarstepError) -> None:
+        """Tell the members whose first round a refused worker keeps from coming about: now where they wait for it."""
+        self._misfits.refused(worker, error)
+        if self._incomplete:
+            for act in self._rounds.acts():
+                told = self._misfits.untold(act.worker)
+                if told is not None:
+                    self._rounds.drop(act.worker)
+                    self.decisions.refused([act], told)
+
+    @property
+    def _incomplete(self) -> bool:
+        """Whether the first round cannot come about yet, too few workers being there."""
+        policy = self.identity.policy
+        return isinstance(policy, Sync) and not self.decisions.started and self.live_workers() < policy.workers
+
+    def _welcome(self, record: WorkerRecord, *, fresh: bool, resumed: bool) -> ev.JoinReply:
+        options = [] if fresh and not len(self.pipeline.schedules) else frozen_options(self.engine.optimizer)
         return ev.JoinReply(
             resumed, self.identity.lineage, self.incarnation, self.version, record.epoch, record.settled_sequence,
             self.identity.policy, str(self.engine.store.device), options, len(self.engine.layout.parameters),
@@ -261,6 +283,8 @@ class HostedOptimizer:
         elif self._driving.under_way:
             if self._driving.on_act(act):
                 self._deferred.append(act)
+        elif self._incomplete and (misfit := self._misfits.untold(act.worker)) is not None:
+            raise misfit
         elif self._is_current(act, record):
             self._rounds.put(act, now)
 
@@ -385,6 +409,12 @@ class HostedOptimizer:
         return max(1, self.version - contributors[0].version) if scaled else 1
 
     def _load(self, load: ev.LoadState, acts: Sequence[ev.Act]) -> None:
+        loads = {act.worker: act for act in acts if isinstance(act, ev.LoadState)}
+        for number in range(len(load.groups)):
+            groups = {worker: act.groups[number] for worker, act in loads.items()}
+            check_same_value("load_state_dict", f"param_groups[{number}]", groups)
+        states = {worker: dict(act.state) for worker, act in loads.items()}
+        check_same_value("load_state_dict", "state", states)
         self.engine.load_state(load.state, load.groups)
         self._standing.incarnation += 1
         self.decisions.collective(acts, RoundKind.LOAD_STATE)
@@ -395,6 +425,8 @@ class HostedOptimizer:
             problem = group.layout.difference(act.layout)
             if problem is not None:
                 raise LayoutMismatchError(f"add_param_group on worker {act.worker}: {problem}", applied=Applied.NO)
+        options = {act.worker: act.options for act in acts if isinstance(act, ev.AddGroup)}
+        check_same_value("add_param_group", f"param_groups[{len(self.engine.layout.group_sizes)}]", options)
         self.pipeline.add_group(group.layout, group.options, group.contents)
         self.decisions.collective(acts, RoundKind.ADD_PARAM_GROUP)
 

@@ -62,7 +62,7 @@ class Membership:
         return [record for record in self if record.live]
 
     def knows(self, worker: str, instance: str) -> bool:
-        """Whether that very instance of a worker was here before."""
+        """Whether this instance of a worker was here before."""
         record = self._records.get(worker)
         return record is not None and record.instance == instance
 
@@ -74,7 +74,7 @@ class Membership:
             record = self._records[worker] = WorkerRecord(worker, instance, 0, now, live=False)
             resumed = False
         else:
-            resumed = record.instance == instance
+            resumed = self.knows(worker, instance)
         if not resumed:
             record.instance, record.settled_sequence, record.settled = instance, 0, None
         if others and not (resumed and record.live):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -15,6 +16,7 @@ GroupEdits = dict[int, tuple[dict[str, Any], tuple[str, ...]]]
 """By group: what is set, and which options are gone."""
 
 _GONE = object()
+_SHOWN_ELEMENTS = 8
 
 
 def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,6 +115,27 @@ def agreed_edits(optimizer: Optimizer, edits: Mapping[str, GroupEdits]) -> Group
     return _merge(edits)
 
 
+def check_same_value(call: str, name: str, values: Mapping[str, object]) -> None:
+    """MismatchError where workers bring different values along with a call that they make together; names two of them.
+
+    ``values``: by worker. Dicts are compared entry by entry, and the first that differs is named.
+    """
+    (first, value), *others = values.items()
+    for worker, other in others:
+        if same_value(value, other):
+            continue
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            for key in dict.fromkeys((*value, *other)):
+                entries = {first: value.get(key, _GONE), worker: other.get(key, _GONE)}
+                check_same_value(call, f"{name}[{key!r}]", entries)
+        else:
+            raise MismatchError(
+                f"workers disagree in {call} on {name}: worker {first} has {_show(value)}, worker {worker} has "
+                f"{_show(other)}. Give each worker the same and call it again",
+                applied=Applied.NO,
+            )
+
+
 def _merge(edits: Mapping[str, GroupEdits]) -> GroupEdits:
     merged: GroupEdits = {}
     for own in edits.values():
@@ -130,4 +153,7 @@ def _effective(edits: GroupEdits, number: int, key: str, current: object) -> obj
 
 
 def _show(value: object) -> str:
+    if isinstance(value, Tensor) and value.numel() > _SHOWN_ELEMENTS:
+        norm = float(torch.linalg.vector_norm(value.detach().double().abs()))
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)} and norm {norm:.17g}"
     return "no such option" if value is _GONE else repr(value)

@@ -184,9 +184,12 @@ def weights(acts: Sequence[Contribution]) -> list[float] | None:
     given = [act.num_samples for act in acts]
     if all(weight is None for weight in given) or len(acts) == 1:
         return None
-    for act in acts:
-        if act.num_samples is None:
-            raise MismatchError(
-                f"worker {act.worker} gives no num_samples, other workers of the round do", applied=Applied.NO
-            )
+    if None in given:
+        without = acts[given.index(None)].worker
+        giving = next(act for act in acts if act.num_samples is not None)
+        raise MismatchError(
+            f"workers disagree on num_samples: worker {giving.worker} gives {giving.num_samples:g}, worker {without} gives "
+            f"none. Give it on each worker or on none, and step again",
+            applied=Applied.NO,
+        )
     return [float(weight) for weight in given if weight is not None]
