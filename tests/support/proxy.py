@@ -62,8 +62,11 @@ class Messages:
 
     @property
     def sizes(self) -> list[int]:
-        """Sizes of all messages, in bytes, as their prefixes declare them."""
-        return [size for stream in self._streams.values() for size in stream.sizes]
+        """Sizes of the first call's messages, in bytes, as their prefixes declare them: a client's session.
+
+        What else a client calls on the connection, to measure a round trip, is left out.
+        """
+        return self._streams[min(self._streams)].sizes if self._streams else []
 
 
 class _Stream:
@@ -143,7 +146,7 @@ class Proxy:
 
     @property
     def sizes(self) -> list[int]:
-        """Sizes of all gRPC messages that passed, in both directions."""
+        """Sizes of the gRPC messages of all sessions that passed, in both directions."""
         found: list[int] = []
         for pair in self.pairs:
             for messages in (pair.up, pair.down):

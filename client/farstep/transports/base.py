@@ -20,7 +20,7 @@ SinkFor = Callable[[pb.ServerFrame], Sink]
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of messages: of whole frames, heartbeats included, before the transport adds what it needs of its own."""
+    """Bytes of a session's messages: of whole frames, heartbeats included, before the transport adds what it needs."""
 
     sent: int = 0
     received: int = 0
@@ -51,7 +51,11 @@ class Stream(ABC):
 
     @abstractmethod
     def keep_alive(self, interval_seconds: float) -> None:
-        """From now on send a heartbeat whenever nothing else has been sent for that long."""
+        """From now on send a heartbeat whenever nothing else has been sent for that long.
+
+        Also measure a bare round trip a moment from now and then at that interval, at most one at a time and off the path of
+        the steps, and report each in a heartbeat.
+        """
 
     @abstractmethod
     def close(self) -> None:

@@ -4,7 +4,7 @@ Copies on the way out: one, from the gradients' own memory into the frame that g
 in: one, from the frame that gRPC gives into the parameters' own memory (and one inside gRPC).
 
 A blocked read has no timeout of its own in gRPC; a watchdog shared by all streams of the process cancels the call whose
-deadline has passed. It also sends the heartbeats.
+deadline has passed. It also sends the heartbeats, and has the round trip measured that they report.
 """
 
 from __future__ import annotations
@@ -25,9 +25,15 @@ from farstep_wire.address import Address
 from farstep_wire.errors import ConfigurationError, DeadlineError, FarstepError, InternalError, UnavailableError
 from farstep_wire.frames import EMPTY, BytesSource, Incoming, decode, encode
 from farstep_wire.limits import MESSAGE_BYTES
+from farstep_wire.v1 import inspection_pb2
 from farstep_wire.v1 import optimizer_pb2 as pb
 
 _WATCHDOG_SECONDS = 0.1
+_FIRST_ROUND_TRIP_SECONDS = 0.2
+"""How long after the attach: soon, so that a short run has a figure too, but not while models are being built."""
+_ROUND_TRIP_INTERVAL_SECONDS = 1.0
+"""Shortest time between two measurements, however short the lease is."""
+_ROUND_TRIP_DEADLINE_SECONDS = 10.0
 _OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
     ("grpc.max_send_message_length", MESSAGE_BYTES),
@@ -61,6 +67,62 @@ def open_channel(address: Address) -> grpc.Channel:
     return grpc.insecure_channel(address.target, options=_OPTIONS)
 
 
+class _RoundTrip:
+    """Measures bare round trips beside a stream, one at a time. Blocks nobody; a call that hangs ends by its deadline.
+
+    The watchdog alone calls ``tick``. Nothing is locked: a finalizer may ``close`` it in the very thread that is in ``tick``.
+    """
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        service = inspection_pb2.DESCRIPTOR.services_by_name["InspectionService"]
+        self._method: Any = channel.unary_unary(f"/{service.full_name}/GetServer", None, None)
+        self._call: Any = None
+        self._closed = False
+        self._interval_seconds = math.inf
+        self._due = math.inf
+        self._news = False
+        self.seconds = 0.0
+        """What the last one took; 0: there is none yet."""
+
+    def begin(self, interval_seconds: float) -> None:
+        """Measure in a moment, and at that interval from then on; called again, it changes the interval."""
+        first = math.isinf(self._due)
+        self._interval_seconds = max(interval_seconds, _ROUND_TRIP_INTERVAL_SECONDS)
+        self._due = time.monotonic() + (_FIRST_ROUND_TRIP_SECONDS if first else self._interval_seconds)
+
+    def tick(self, now: float) -> bool:
+        """Start a measurement where one is due; return whether one has come since the last call."""
+        if self._call is None and now >= self._due:
+            self._due = now + self._interval_seconds
+            self._start()
+        news, self._news = self._news, False
+        return news
+
+    def _start(self) -> None:
+        started = time.monotonic()
+
+        def done(call: Any) -> None:
+            seconds = time.monotonic() - started
+            if call.code() is grpc.StatusCode.OK:
+                self.seconds, self._news = seconds, True
+            self._call = None
+
+        try:
+            self._call = call = self._method.future(b"", timeout=_ROUND_TRIP_DEADLINE_SECONDS)
+        except ValueError:  # the channel has just been closed
+            return
+        call.add_done_callback(done)
+        if self._closed:
+            call.cancel()
+
+    def close(self) -> None:
+        """End the measurement under way; tick is called no more."""
+        self._closed = True
+        call = self._call
+        if call is not None:
+            call.cancel()
+
+
 class GrpcStream(Stream):
     """One call of OptimizerService.Session."""
 
@@ -73,6 +135,7 @@ class GrpcStream(Stream):
         self._timed_out = False
         self.deadline: float | None = None
         self._heartbeat_seconds = math.inf
+        self._round_trip = _RoundTrip(channel)
         self.last_sent = time.monotonic()
         # Each has one writer: gRPC's thread that asks for messages, and whoever receives.
         self._sent_bytes = 0
@@ -127,8 +190,9 @@ class GrpcStream(Stream):
         return UnavailableError(f"the connection to {self._address} broke ({detail})")
 
     def keep_alive(self, interval_seconds: float) -> None:
-        """Have the watchdog send heartbeats."""
+        """Have the watchdog send heartbeats and measure round trips."""
         self._heartbeat_seconds = interval_seconds
+        self._round_trip.begin(interval_seconds)
 
     def close(self) -> None:
         """End the stream."""
@@ -136,17 +200,22 @@ class GrpcStream(Stream):
             self._closed = True
             self._outbox.put(None)
             self._call.cancel()
+            self._round_trip.close()
 
     # Called by the watchdog.
 
     def tick(self, now: float) -> None:
-        """Cancel the call where its deadline has passed; send a heartbeat where one is due."""
+        """Cancel the call where its deadline has passed; send a heartbeat where one is due or has something to report."""
         deadline = self.deadline
         if deadline is not None and now > deadline:
             self._timed_out = True
             self._call.cancel()
-        elif not self._closed and now - self.last_sent > self._heartbeat_seconds:
-            self.send(pb.ClientFrame(heartbeat=pb.Heartbeat()))
+        elif not self._closed and self._call.is_active():
+            # Not once the stream is broken: a measurement would have the channel connect again, for nobody.
+            news = self._round_trip.tick(now)
+            if news or now - self.last_sent > self._heartbeat_seconds:
+                heartbeat = pb.Heartbeat(round_trip_seconds=self._round_trip.seconds)
+                self.send(pb.ClientFrame(heartbeat=heartbeat))
 
 
 class _Watchdog:
