@@ -82,7 +82,7 @@ def test_set_steers_a_real_server(ask, optimizer) -> None:
     assert norm == pytest.approx(0.5, rel=1e-4)
     out = ask("show")
     assert "settings: clip_grad_norm=0.5, ema_decay=0.9" in out
-    assert "exponential moving average over 1 step" in out
+    assert "exponential moving average over 1 step\n" in out
     ask("set", "clip_grad_norm=none", "ema_decay=none")
     assert "settings" not in ask("show")
 

@@ -139,7 +139,7 @@ def _around_steps(view: View) -> Iterator[str]:
     if changed.get("ema_decay") is not None or view["averaged"]:
         count = view["averaged"]
         yield (
-            f"exponential moving average over {count} steps"
+            f"exponential moving average over {count} step{'s' * (count != 1)}"
             if count
             else "the moving average begins with the next step"
         )
