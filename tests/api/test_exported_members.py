@@ -214,7 +214,8 @@ def _verbs(parser: argparse.ArgumentParser) -> dict[str, Any]:
 
 def test_the_verbs_of_the_command() -> None:
     assert _verbs(build_parser()) == {
-        "ls": {}, "show": {}, "watch": {}, "rm": {}, "doctor": {}, "checkpoint": {"save": {}, "list": {}, "restore": {}},
+        "ls": {}, "show": {}, "watch": {}, "workers": {}, "history": {}, "set": {}, "rm": {}, "doctor": {},
+        "checkpoint": {"save": {}, "list": {}, "restore": {}},
     }  # fmt: skip
 
 
