@@ -2,6 +2,14 @@
 
 One thread moves the bytes. A fault is armed beforehand and fires at the next bytes that it is about; ``fired`` counts how
 often each kind did, so that a test can assert that its faults took place.
+
+drop     the bytes are lost, and the connection with them
+cut      so is the second half of them
+delay    they are held back for a moment, and all that comes behind them on that way
+repeat   the request arrives, then the connection breaks: what the client sends again is a duplicate
+
+TCP itself never delivers bytes twice; a message comes twice only because its sender got no reply and sends it again. That is
+what ``repeat request`` brings about while the first copy may still be waiting, and ``drop reply`` once it was answered.
 """
 
 from __future__ import annotations
@@ -9,14 +17,21 @@ from __future__ import annotations
 import selectors
 import socket
 import threading
+import time
 from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Literal, Self
 
-Fault = Literal["drop request", "cut request", "drop reply", "cut reply"]
+Fault = Literal[
+    "drop request", "cut request", "repeat request", "delay request", "drop reply", "cut reply", "delay reply"
+]
 
 _CHUNK_BYTES = 1024 * 1024
 # Pings, settings and window updates pass; what is longer carries a message.
 _MESSAGE_BYTES = 120
+# How long a connection that the proxy has half closed may take to be read to its end.
+_DRAIN_SECONDS = 5.0
 
 
 class Messages:
@@ -103,15 +118,25 @@ class _Pair:
         return self.server if side is self.client else self.client
 
 
+@dataclass(frozen=True)
+class _Held:
+    """Bytes that a side has sent and that are held back; nothing more is read from it meanwhile."""
+
+    side: socket.socket
+    data: bytes
+    due: float
+
+
 class Proxy:
     """Listens on a loopback port and passes connections on to a server. A context manager.
 
-    ``measure``: also note the sizes of the gRPC messages that pass.
+    ``measure``: also note the sizes of the gRPC messages that pass. ``delay_seconds``: how long a delay is.
     """
 
-    def __init__(self, target: str, *, measure: bool = False) -> None:
+    def __init__(self, target: str, *, measure: bool = False, delay_seconds: float = 0.05) -> None:
         self._target = target
         self._measure = measure
+        self._delay_seconds = delay_seconds
         self._armed: list[Fault] = []
         self._lock = threading.Lock()
         self.fired: Counter[str] = Counter()
@@ -122,6 +147,10 @@ class Proxy:
         self._wake_read, self._wake_write = socket.socketpair()
         self._selector = selectors.DefaultSelector()
         self._live: dict[socket.socket, _Pair] = {}
+        self._held: list[_Held] = []
+        self._draining: dict[socket.socket, float] = {}
+        self._still = False
+        self._closing = False
         self._thread = threading.Thread(target=self._run, name="proxy")
 
     def __enter__(self) -> Self:
@@ -131,11 +160,12 @@ class Proxy:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._wake_write.send(b"x")
+        self._closing = True
+        self._wake()
         self._thread.join()
         for pair in set(self._live.values()):
             self._cut(pair)
-        for one in (self._listening, self._wake_read, self._wake_write):
+        for one in (*self._draining, self._listening, self._wake_read, self._wake_write):
             one.close()
         self._selector.close()
 
@@ -143,6 +173,22 @@ class Proxy:
         """Let these faults happen, one after another, at the next messages that they are about."""
         with self._lock:
             self._armed.extend(faults)
+
+    def blackhole(self) -> None:
+        """Move no more bytes until ``heal``: connections stand open, new ones too, and nothing comes through."""
+        with self._lock:
+            self._still = True
+            self.fired["blackhole"] += 1
+        self._wake()
+
+    def heal(self) -> None:
+        """Let the bytes through again, those that were held back first."""
+        with self._lock:
+            self._still = False
+        self._wake()
+
+    def _wake(self) -> None:
+        self._wake_write.send(b"x")
 
     @property
     def sizes(self) -> list[int]:
@@ -157,14 +203,55 @@ class Proxy:
 
     def _run(self) -> None:
         buffer = memoryview(bytearray(_CHUNK_BYTES))
-        while True:
-            for key, _ in self._selector.select():
+        while not self._closing:
+            with self._lock:
+                still = self._still
+            if still:
+                self._wake_read.recv(64)  # blocks until heal, or the end
+                continue
+            for key, _ in self._selector.select(self._until_due()):
                 if key.fileobj is self._wake_read:
-                    return
-                if key.fileobj is self._listening:
+                    self._wake_read.recv(64)
+                elif key.fileobj is self._listening:
                     self._accept()
+                elif key.fileobj in self._draining:
+                    self._drain(key.fileobj, buffer)  # type: ignore[arg-type]
                 elif key.fileobj in self._live:
                     self._move(key.fileobj, buffer)  # type: ignore[arg-type]
+                if self._still:
+                    break
+            else:
+                self._release()
+
+    def _until_due(self) -> float | None:
+        due = [*(held.due for held in self._held), *self._draining.values()]
+        return max(0.0, min(due) - time.monotonic()) if due else None
+
+    def _release(self) -> None:
+        """Deliver what was held back for long enough; give up what does not end."""
+        now = time.monotonic()
+        due = [held for held in self._held if held.due <= now]
+        self._held = [held for held in self._held if held.due > now]
+        for held in due:
+            pair = self._live.get(held.side)
+            if pair is not None:
+                self._selector.register(held.side, selectors.EVENT_READ)
+                self._deliver(pair, held.side, memoryview(held.data))
+        for side in [side for side, until in self._draining.items() if until <= now]:
+            self._end_drain(side)
+
+    def _drain(self, side: socket.socket, buffer: memoryview) -> None:
+        try:
+            over = not side.recv_into(buffer)
+        except OSError:
+            over = True
+        if over:
+            self._end_drain(side)
+
+    def _end_drain(self, side: socket.socket) -> None:
+        del self._draining[side]
+        self._selector.unregister(side)
+        side.close()
 
     def _accept(self) -> None:
         client, _ = self._listening.accept()
@@ -195,22 +282,34 @@ class Proxy:
 
     def _move(self, side: socket.socket, buffer: memoryview) -> None:
         pair = self._live[side]
-        upward = side is pair.client
         try:
             count = side.recv_into(buffer)
-            if not count:
+        except OSError:
+            count = 0
+        if not count:
+            self._cut(pair)
+            return
+        data = buffer[:count]
+        match self._due(side is pair.client, count):
+            case None:
+                self._deliver(pair, side, data)
+            case "delay request" | "delay reply":
+                self._selector.unregister(side)
+                self._held.append(_Held(side, bytes(data), time.monotonic() + self._delay_seconds))
+            case "repeat request":
+                self._deliver(pair, side, data)
+                self._cut(pair, kindly=True)
+            case "cut request" | "cut reply":
+                self._deliver(pair, side, data[: count // 2])
                 self._cut(pair)
-                return
-            data = buffer[:count]
-            fault = self._due(upward, count)
-            if fault is not None:
-                if fault.startswith("cut"):
-                    pair.other(side).sendall(data[: count // 2])
+            case _:
                 self._cut(pair)
-                return
-            messages = pair.up if upward else pair.down
-            if messages is not None:
-                messages.feed(data)
+
+    def _deliver(self, pair: _Pair, side: socket.socket, data: memoryview) -> None:
+        messages = pair.up if side is pair.client else pair.down
+        if messages is not None:
+            messages.feed(data)
+        try:
             pair.other(side).sendall(data)
         except OSError:
             self._cut(pair)
@@ -225,8 +324,20 @@ class Proxy:
             self.fired[fault] += 1
             return fault
 
-    def _cut(self, pair: _Pair) -> None:
+    def _cut(self, pair: _Pair, *, kindly: bool = False) -> None:
+        """End both sides. ``kindly``: the server's is read to its end, so that it gets all that was sent to it."""
         for side in (pair.client, pair.server):
-            if self._live.pop(side, None) is not None:
+            if self._live.pop(side, None) is None:
+                continue
+            held = [held for held in self._held if held.side is side]
+            if held:
+                self._held = [held for held in self._held if held.side is not side]
+            else:
                 self._selector.unregister(side)
+            if kindly and side is pair.server:
+                with suppress(OSError):
+                    side.shutdown(socket.SHUT_WR)
+                self._draining[side] = time.monotonic() + _DRAIN_SECONDS
+                self._selector.register(side, selectors.EVENT_READ)
+            else:
                 side.close()
