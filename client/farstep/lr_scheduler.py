@@ -51,7 +51,7 @@ class RemoteScheduler:
             )
         except TypeError as error:
             raise ConfigurationError(f"{name}: {error}; use torch.optim.lr_scheduler.{name}") from None
-        self._farstep_number = session.schedules - 1
+        self._farstep_number = len(session.schedules) - 1
         self._schedulers = parts
         self._farstep_take(state)
 

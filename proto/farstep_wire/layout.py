@@ -235,6 +235,11 @@ class Layout:
         )
         return Layout(self.parameters + added, (*self.group_sizes, len(added)))
 
+    def begins_with(self, other: Layout) -> bool:
+        """Whether the other's groups are the first of these."""
+        parameters, groups = len(other.parameters), len(other.group_sizes)
+        return self.parameters[:parameters] == other.parameters and self.group_sizes[:groups] == other.group_sizes
+
     def difference(self, other: Layout) -> str | None:
         """Say in words how another layout differs, naming the key and both sides; None where it does not."""
         for mine, theirs in zip(self.parameters, other.parameters, strict=False):

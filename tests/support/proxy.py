@@ -150,6 +150,7 @@ class Proxy:
         self._held: list[_Held] = []
         self._draining: dict[socket.socket, float] = {}
         self._still = False
+        self._still_at = 0
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="proxy")
 
@@ -180,6 +181,16 @@ class Proxy:
             self._still = True
             self.fired["blackhole"] += 1
         self._wake()
+
+    def blackhole_at_reply(self, number: int) -> None:
+        """Do so when that many replies have come on a connection; the last of them is held back. Only where it measures."""
+        self._still_at = number
+
+    @property
+    def replies(self) -> int:
+        """How many gRPC messages have come from the server on the newest connection. Only where it measures."""
+        down = self.pairs[-1].down
+        return 0 if down is None else len(down.sizes)
 
     def heal(self) -> None:
         """Let the bytes through again, those that were held back first."""
@@ -236,7 +247,7 @@ class Proxy:
             pair = self._live.get(held.side)
             if pair is not None:
                 self._selector.register(held.side, selectors.EVENT_READ)
-                self._deliver(pair, held.side, memoryview(held.data))
+                (self._send if held.due == 0.0 else self._deliver)(pair, held.side, memoryview(held.data))
         for side in [side for side, until in self._draining.items() if until <= now]:
             self._end_drain(side)
 
@@ -309,6 +320,15 @@ class Proxy:
         messages = pair.up if side is pair.client else pair.down
         if messages is not None:
             messages.feed(data)
+            if self._still_at and messages is pair.down and len(messages.sizes) >= self._still_at:
+                self._still_at = 0
+                self.blackhole()
+                self._selector.unregister(side)
+                self._held.append(_Held(side, bytes(data), 0.0))
+                return
+        self._send(pair, side, data)
+
+    def _send(self, pair: _Pair, side: socket.socket, data: memoryview) -> None:
         try:
             pair.other(side).sendall(data)
         except OSError:

@@ -20,7 +20,8 @@ from torch.optim import Optimizer
 
 from farstep.config import Remote, resolve_remote
 from farstep.optim.handle import RemoteHandle
-from farstep.session.session import Session, StepResult, Subject
+from farstep.session.attachment import Subject
+from farstep.session.session import Session, StepResult
 from farstep.session.snapshot import FetchedState
 from farstep_wire.errors import Applied, ConfigurationError, FarstepError, StepFailedError
 

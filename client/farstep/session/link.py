@@ -54,6 +54,7 @@ class Standing:
     sequence: int = 0
     settled: int = 0
     device: str = ""
+    parameters: int = 0
     server_version: str = ""
     instance: str = field(default_factory=lambda: uuid4().hex)
 
@@ -122,6 +123,7 @@ class Link:
         standing = self.standing
         standing.lineage, standing.incarnation = attached.lineage, attached.incarnation
         standing.epoch, standing.settled = attached.epoch, attached.settled_sequence
+        standing.parameters = sum(shard.parameters for shard in attached.shards)
         standing.device, standing.server_version = attached.device, attached.server_version
         assert self._stream is not None, "attached"
         self._stream.keep_alive(min(attached.lease_ms / 3000, _LONGEST_HEARTBEAT_SECONDS))
@@ -173,17 +175,27 @@ class Link:
             self._reattach(self._limit(deadline))
             self._broken_since = None
 
+    def ensure(self) -> None:
+        """Attach again where the connection has been given up."""
+        deadline = time.monotonic() + self._remote.timeouts.seconds("step")
+        self._broken_since = None
+        self._until(lambda: self._ensure(deadline), deadline, self._gave_up)
+
     def send(self, frame: pb.ClientFrame, body: BytesSource = EMPTY) -> None:
-        """Send a message on the stream as it is."""
-        assert self._stream is not None, "attached"
+        """Send a message on the stream as it is; UnavailableError where a request in between has lost it."""
         self._requests += 1
         frame.request = self._requests
-        self._stream.send(frame, body)
+        self._whole().send(frame, body)
+
+    def _whole(self) -> Stream:
+        if self._stream is None:
+            # A closure may ask the server something of its own in the middle of a step.
+            raise UnavailableError(f"the connection to {self.address} was given up in the middle of a request")
+        return self._stream
 
     def receive(self, sink_for: SinkFor, deadline: float) -> pb.ServerFrame:
         """Return the next reply; a Failure is raised as the error it stands for."""
-        assert self._stream is not None, "attached"
-        frame = self._stream.receive(sink_for, deadline)
+        frame = self._whole().receive(sink_for, deadline)
         if frame.WhichOneof("body") == "failure":
             raise _failure(frame.failure)
         return frame

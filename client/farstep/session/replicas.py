@@ -3,11 +3,50 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+
+from farstep_wire.errors import ConfigurationError
+from farstep_wire.policy import Async, Policy, Sync
+
+_LOGGER = logging.getLogger("farstep")
+
+
+class ReplicaGuard:
+    """Keeps gradients that replicas have averaged from being averaged again. It looks once, at the first step."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._known = False
+        self._rank: int | None = None
+
+    def only_takes(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether another worker contributes this one's gradients: it is a replica, and not of rank 0.
+
+        ConfigurationError: replicas cannot go through ``Async`` and stay in step.
+        """
+        several = isinstance(self._policy, Async) or self._policy.workers > 1
+        if several and not self._known:
+            self._rank = replica_rank(parameters)
+            if self._rank is not None:
+                self._tell(self._rank)
+            self._known = True
+        return bool(self._rank)
+
+    def _tell(self, rank: int) -> None:
+        if not isinstance(self._policy, Sync):
+            raise ConfigurationError(
+                "the model is wrapped in DistributedDataParallel, whose replicas step together: use farstep.Sync, or drop "
+                "the wrapper to have each worker step on its own under farstep.Async"
+            )
+        _LOGGER.warning(
+            "farstep: the model is wrapped in DistributedDataParallel, which has averaged the gradients already: rank 0 "
+            "contributes them, the other ranks take the parameters over (this is rank %s)", rank,
+        )  # fmt: skip
 
 
 def replica_rank(parameters: Sequence[Tensor]) -> int | None:

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 from farstep_server.core.engine import Engine
-from farstep_server.core.events import Join
+from farstep_server.core.events import AddGroup, Join
 from farstep_server.core.identity import Identity
 from farstep_server.core.membership import Membership
 from farstep_server.core.pipeline import Pipeline
-from farstep_wire.errors import Applied, FarstepError, FencedError, LayoutMismatchError, MismatchError, RollbackError
+from farstep_wire.errors import (
+    Applied,
+    FarstepError,
+    FencedError,
+    InvalidRequestError,
+    LayoutMismatchError,
+    MismatchError,
+    RollbackError,
+)
 from farstep_wire.plain import same_value
 
 
-def check_same(identity: Identity, engine: Engine, event: Join) -> None:
-    """MismatchError or LayoutMismatchError names what differs, and both sides."""
+def check_same(identity: Identity, engine: Engine, members: Membership, event: Join) -> None:
+    """MismatchError or LayoutMismatchError names what differs, and both sides.
+
+    A worker that comes back may not know yet of a group that was added by its own last act.
+    """
     name = identity.name
     if event.optimizer != identity.optimizer:
         raise MismatchError(f"{name!r} hosts {identity.optimizer}; worker {event.worker} has {event.optimizer}")
     problem = engine.layout.difference(event.layout)
-    if problem is not None:
+    back = bool(event.lineage) and members.knows(event.worker, event.instance)
+    if problem is not None and not (back and engine.layout.begins_with(event.layout)):
         raise LayoutMismatchError(f"{name!r}, worker {event.worker}: {problem}")
     if event.policy != identity.policy:
         raise MismatchError(f"{name!r} has the policy {identity.policy}; worker {event.worker} asks for {event.policy}")
@@ -40,6 +52,14 @@ def check_options(identity: Identity, pipeline: Pipeline, event: Join) -> None:
                     f"{identity.name!r}: param_groups[{number}][{key!r}] is {group.get(key)!r} on the server; "
                     f"worker {event.worker} has {theirs.get(key)!r}. Give each worker the same options"
                 )
+
+
+def check_group(engine: Engine, event: AddGroup) -> None:
+    """InvalidRequestError: the group cannot follow those that there are."""
+    try:
+        engine.layout.extended(event.layout)
+    except ValueError as error:
+        raise InvalidRequestError(f"add_param_group: {error}", applied=Applied.NO) from None
 
 
 def check_reconnect(identity: Identity, members: Membership, event: Join) -> None:

@@ -47,10 +47,12 @@ class Decisions:
         scheduled, notice = self._pipeline.committed()
         loss = None if driven is None or driven.finished is None else driven.finished.value
         parts = self._parts(acts, driven)
+        # Who left in the middle of a closure-driven step is part of its history, but has nothing to be told.
+        everyone = parts if driven is None else self._parts(driven.acts, driven)
         self._standing.version += 1
         self.started = True
         self.last_step_seconds = seconds
-        self._remember(RoundOutcome.COMMITTED, parts, driven, seconds=seconds)
+        self._remember(RoundOutcome.COMMITTED, everyone, driven, seconds=seconds)
         self._settle(acts, parts, Outcome.COMMITTED, edits, merged([changed, scheduled]), loss, notice)
 
     def skipped(

@@ -86,12 +86,17 @@ class Driving:
         step = self._step
         assert step is not None, "under way"
         if step.given_up_by(act):
-            text = f"worker {act.worker} gave the step up in the middle of an evaluation; it was rolled back"
-            self.abort(ClosureError(text, applied=Applied.NO))
+            self.given_up_by(act.worker)
             return True
         answers = step.asked_again(act)
         self._answers.replies += answers or []
         return answers is None
+
+    def given_up_by(self, worker: str) -> None:
+        """Undo the step where a participant answers it no more."""
+        if self.takes_part(worker):
+            text = f"worker {worker} gave the step up in the middle of an evaluation; it was rolled back"
+            self.abort(ClosureError(text, applied=Applied.NO))
 
     def on_evaluation(self, event: ev.Evaluation) -> None:
         """Take a worker's result; ClosureError where the step it belongs to has ended."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 from farstep_server.core import describe
 from farstep_server.core import events as ev
-from farstep_server.core.admission import Misfits, check_options, check_reconnect, check_same
+from farstep_server.core.admission import Misfits, check_group, check_options, check_reconnect, check_same
 from farstep_server.core.answers import Answers, Standing
 from farstep_server.core.decisions import Decisions
 from farstep_server.core.driving import Driving, defect
@@ -198,7 +198,7 @@ class HostedOptimizer:
     def _on_join(self, event: ev.Join, now: float) -> None:
         fresh = not self.version and not event.lineage
         try:
-            check_same(self.identity, self.engine, event)
+            check_same(self.identity, self.engine, self.members, event)
             if fresh and not self.members.knows(event.worker, event.instance):
                 check_options(self.identity, self.pipeline, event)
         except (LayoutMismatchError, MismatchError) as error:
@@ -289,6 +289,8 @@ class HostedOptimizer:
             self._rounds.put(act, now)
 
     def _is_current(self, act: ev.Act, record: WorkerRecord) -> bool:
+        if isinstance(act, ev.AddGroup):
+            check_group(self.engine, act)
         if not isinstance(act, ev.Contribution):
             return True
         if act.incarnation != self.incarnation:
@@ -334,6 +336,7 @@ class HostedOptimizer:
 
     def _on_zero_grad(self, event: ev.ZeroGrad, now: float) -> None:
         self.members.check(event.worker, event.epoch, now)
+        self._driving.given_up_by(event.worker)
         self._rounds.drop(event.worker)
         self.pipeline.accumulated.drop(event.worker)
         self._reply(event.ticket, self._answers.done())

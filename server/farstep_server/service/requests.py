@@ -133,7 +133,6 @@ class Request:
                 f"one group and {layout.arena.nbytes} bytes of parameters are due; "
                 f"{len(options)} groups and {contents.numel()} bytes came"
             )
-        self.layout.extended(layout)
         return ev.AddGroup(ticket, worker, message.epoch, message.sequence, layout, options[0], contents.clone())
 
 

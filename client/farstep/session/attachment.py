@@ -1,0 +1,201 @@
+"""The first layer of a session: where it is attached, what is bound there, and the parameters' way in."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farstep.config import Remote
+from farstep.session.binding import Binding, layout_of
+from farstep.session.calls import call_done, call_pull
+from farstep.session.groups import Groups
+from farstep.session.link import Link
+from farstep.session.options import OptionTracker, sendable
+from farstep.session.placement import locate, policy_of, worker_of
+from farstep.session.replicas import ReplicaGuard
+from farstep.session.snapshot import FetchedState
+from farstep.session.steering import Declared
+from farstep.transports.base import Traffic
+from farstep_wire.convert import layout_to_proto, policy_to_proto
+from farstep_wire.frames import EMPTY, Body, BytesSource, NullSink, Sink
+from farstep_wire.layout import dtype_name
+from farstep_wire.policy import Sync
+from farstep_wire.v1 import optimizer_pb2 as pb
+from farstep_wire.values import from_map, to_map
+
+_LOGGER = logging.getLogger("farstep")
+_ON_EXISTING = {
+    "attach": pb.ON_EXISTING_ATTACH,
+    "error": pb.ON_EXISTING_ERROR,
+    "replace": pb.ON_EXISTING_REPLACE,
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is to be hosted: the registered name of the class, its arguments, and the options that it cannot do without."""
+
+    optimizer: str
+    arguments: dict[str, Any]
+    required: frozenset[str]
+    drives_closure: bool
+
+
+class Attachment:
+    """What a session is attached to, and what it knows of it."""
+
+    def __init__(self, remote: Remote, subject: Subject) -> None:
+        self.remote = remote
+        self.subject = subject
+        self.policy = policy_of(remote)
+        self.worker = worker_of(remote)
+        self.address, self.name, self.ephemeral = locate(remote)
+        self._options = OptionTracker(subject.required)
+        self._link: Link | None = None
+        self._binding: Binding | None = None
+        self._groups: Groups = []
+        self._unsettled = False
+        self._open_group: tuple[int, list[Tensor]] | None = None
+        self._driving = False
+        self._holds_average = False
+        self._replicas = ReplicaGuard(self.policy)
+        self.schedules = Declared()
+        self.accumulated = 0
+        """Sets of gradients that wait on the server for this worker's next contribution."""
+        self.staleness = 0
+        """Versions that were committed between the parameters that the last gradients were taken at and their use."""
+        self.fetched: FetchedState | None = None
+        self.kept = 0
+        """How many parameters the proxy keeps a step count of."""
+        self._ended_traffic = Traffic()
+
+    @property
+    def traffic(self) -> Traffic:
+        """What has gone between this session and the server, since it was made."""
+        return self._ended_traffic if self._link is None else self._ended_traffic + self._link.traffic
+
+    @property
+    def expects_several_workers(self) -> bool:
+        """Whether rounds have more than one worker's contributions."""
+        return isinstance(self.policy, Sync) and self.policy.workers > 1
+
+    def only_takes(self, groups: Groups) -> bool:
+        """Whether this worker's gradients are another one's already, so that it takes the parameters and gives nothing."""
+        return self._replicas.only_takes([tensor for group in groups for tensor in group["params"]])
+
+    # Attaching.
+
+    @property
+    def attached(self) -> bool:
+        """Whether there is a hosted optimizer behind it yet."""
+        return self._link is not None
+
+    def attach(self, groups: Groups) -> None:
+        """Create the hosted optimizer or join it; afterwards parameters and options are those of the server."""
+        self._bind(groups)
+        link = Link(self.address, self.remote, self._attach_message)
+        attached = link.attach(self.binding.contents)
+        self._link = link
+        self.accumulated = 0
+        if attached.outcome == pb.Attached.OUTCOME_CREATED:
+            self.binding.remember()
+        else:
+            self._pull()
+            for group, message in zip(groups, attached.groups, strict=False):
+                group.update(from_map(message, "param_groups"))
+        self._options.acknowledge(groups)
+        what = "created" if attached.outcome == pb.Attached.OUTCOME_CREATED else "joined"
+        _LOGGER.info(
+            "farstep: %s %r at %s as worker %s: version %d on %s", what, self.name, self.address, self.worker,
+            attached.version, attached.device,
+        )  # fmt: skip
+
+    def ensure(self, groups: Groups) -> None:
+        """Attach where that has not been done: after a copy or an unpickling."""
+        if self._link is None:
+            self.attach(groups)
+
+    def _bind(self, groups: Groups) -> None:
+        self._groups = groups
+        tensors = [tensor for group in groups for tensor in group["params"]]
+        self._binding = Binding(tensors, layout_of(groups), detect_edits=self.remote.detect_edits)
+
+    @property
+    def binding(self) -> Binding:
+        """The parameters as they are bound."""
+        assert self._binding is not None, "bound by attach"
+        return self._binding
+
+    @property
+    def link(self) -> Link:
+        """The link, once attached."""
+        assert self._link is not None, "attached"
+        return self._link
+
+    def _attach_message(self) -> tuple[pb.Attach, BytesSource]:
+        known = self._groups[: len(self.binding.layout.group_sizes)]
+        options = [sendable(group, self.subject.required, number) for number, group in enumerate(known)]
+        layout = layout_to_proto(self.binding.layout, options).SerializeToString()
+        attach = pb.Attach(
+            name=self.name,
+            optimizer=self.subject.optimizer,
+            arguments=to_map(self.subject.arguments, "arguments"),
+            policy=policy_to_proto(self.policy),
+            worker=self.worker,
+            on_existing=_ON_EXISTING[self.remote.on_existing],
+            ephemeral=self.ephemeral,
+            default_dtype=dtype_name(torch.get_default_dtype()),
+        )
+        if self.remote.settings is not None:
+            attach.settings.CopyFrom(to_map(self.remote.settings.as_dict(), "settings"))
+        return attach, Body([layout])
+
+    def _sink_for(self, frame: pb.ServerFrame) -> Sink:
+        kind = frame.WhichOneof("body")
+        if kind in {"stepped", "evaluate", "parameters"} and frame.total_bytes:
+            return self.binding.sink()
+        return NullSink()
+
+    def _pull(self) -> None:
+        if self._unsettled and self.subject.drives_closure:
+            # The server may still wait for an evaluation of a step that was given up here.
+            self.zero_grad()
+        parameters = call_pull(self.link, self._sink_for)
+        self.binding.received()
+        standing = self.link.standing
+        standing.version, standing.incarnation = parameters.version, parameters.incarnation
+        self._holds_average = False
+
+    def zero_grad(self) -> None:
+        """Have the server drop what this worker has staged; no round trip where nothing can be, as in a closure."""
+        if self._link is None or self._driving or not (self._unsettled or self.accumulated):
+            return
+
+        def make() -> tuple[pb.ClientFrame, BytesSource]:
+            return pb.ClientFrame(zero_grad=pb.ZeroGrad(epoch=self.link.standing.epoch)), EMPTY
+
+        call_done(self.link, make)
+        self._unsettled, self.accumulated = False, 0
+
+    # Ending and copying.
+
+    def close(self) -> None:
+        """Leave the hosted optimizer; the next use attaches again."""
+        link, self._link = self._link, None
+        if link is not None:
+            link.close()
+            self._ended_traffic += link.traffic
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy attaches for itself, when it is first used. A token never travels.
+        address = replace(self.address, name=self.name)
+        return {"remote": replace(self.remote, token=None, address=str(address), name=None), "subject": self.subject,
+                "policy": self.policy, "worker": self.worker, "ephemeral": self.ephemeral}  # fmt: skip
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["remote"], state["subject"])  # type: ignore[misc]
+        self.policy, self.worker, self.ephemeral = state["policy"], state["worker"], state["ephemeral"]
