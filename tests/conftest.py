@@ -6,6 +6,7 @@ import gc
 import itertools
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,12 @@ hypothesis.settings.load_profile("farstep")
 _numbers = itertools.count()
 _scopes: list[Servers] = []
 _outcomes = pytest.StashKey[bool]()
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C work in what the tests start: a run in the background of a shell hands on that it is ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
