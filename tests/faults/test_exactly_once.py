@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from farstep import Async, Retry, Sync, Timeouts
+from farstep.optim.proxy import RemoteOptimizer
 from tests.faults.models import local_run, parameters, remote_optimizer, same_bits, set_gradients, take_steps
 from tests.support.proxy import Fault, Proxy
 from tests.support.servers import ServerProcess
@@ -69,6 +72,44 @@ def test_state_and_groups_through_faults(server: ServerProcess, name: str) -> No
         assert sum(proxy.fired.values()) == 4
         assert same_bits(params + extra, local + extra_local)
         assert optimizer.remote.incarnation == 2
+        optimizer.remote.close()
+
+
+@pytest.mark.parametrize("act", ["add_param_group", "load_state_dict", "accumulate", "zero_grad"])
+def test_an_act_that_arrives_twice_is_done_once(server: ServerProcess, name: str, act: str) -> None:
+    """The first copy is carried out, its reply never comes, and the client asks again."""
+
+    def acts(optimizer: Any, own: list[Any], extra: list[Any], between: Callable[[], None]) -> list[Any]:
+        take_steps(optimizer, own, range(2))
+        saved = copy.deepcopy(optimizer.state_dict())  # torch's own goes on with the step
+        take_steps(optimizer, own, range(2, 4))
+        set_gradients(own, 4)
+        if act == "zero_grad" and isinstance(optimizer, RemoteOptimizer):
+            optimizer.remote.accumulate()
+        between()
+        match act:
+            case "add_param_group":
+                optimizer.add_param_group({"params": extra, "lr": 0.01})
+                own = [*own, *extra]
+            case "load_state_dict":
+                optimizer.load_state_dict(saved)
+            case "accumulate" if isinstance(optimizer, RemoteOptimizer):
+                optimizer.remote.accumulate()
+            case "zero_grad":
+                optimizer.zero_grad()
+        if act == "accumulate":
+            optimizer.step()
+        take_steps(optimizer, own, range(5, 7))
+        return own
+
+    expected = acts(torch.optim.Adam(local := parameters(), lr=0.1), local, parameters(9), lambda: None)
+    with Proxy(server.address) as proxy:
+        params = parameters()
+        # Before it asks again there is time for the server to have done it.
+        optimizer = remote_optimizer(params, proxy.address, name, "Adam", timeouts=PATIENT, retry=Retry(0.2, 0.5))
+        assert same_bits(acts(optimizer, params, parameters(9), lambda: proxy.arm("repeat request")), expected)
+        assert proxy.fired == {"repeat request": 1}
+        assert proxy.connections == 2
         optimizer.remote.close()
 
 

@@ -6,7 +6,8 @@ often each kind did, so that a test can assert that its faults took place.
 drop     the bytes are lost, and the connection with them
 cut      so is the second half of them
 delay    they are held back for a moment, and all that comes behind them on that way
-repeat   the request arrives, then the connection breaks: what the client sends again is a duplicate
+repeat   the request arrives, and a moment later the connection breaks without a reply: what the client sends again is a
+         duplicate
 
 TCP itself never delivers bytes twice; a message comes twice only because its sender got no reply and sends it again. That is
 what ``repeat request`` brings about while the first copy may still be waiting, and ``drop reply`` once it was answered.
@@ -19,7 +20,6 @@ import socket
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -30,8 +30,6 @@ Fault = Literal[
 _CHUNK_BYTES = 1024 * 1024
 # Pings, settings and window updates pass; what is longer carries a message.
 _MESSAGE_BYTES = 120
-# How long a connection that the proxy has half closed may take to be read to its end.
-_DRAIN_SECONDS = 5.0
 
 
 class Messages:
@@ -120,10 +118,10 @@ class _Pair:
 
 @dataclass(frozen=True)
 class _Held:
-    """Bytes that a side has sent and that are held back; nothing more is read from it meanwhile."""
+    """Bytes that a side has sent and that are held back; nothing more is read from it meanwhile. None: then it ends."""
 
     side: socket.socket
-    data: bytes
+    data: bytes | None
     due: float
 
 
@@ -148,7 +146,6 @@ class Proxy:
         self._selector = selectors.DefaultSelector()
         self._live: dict[socket.socket, _Pair] = {}
         self._held: list[_Held] = []
-        self._draining: dict[socket.socket, float] = {}
         self._still = False
         self._still_at = 0
         self._closing = False
@@ -166,7 +163,7 @@ class Proxy:
         self._thread.join()
         for pair in set(self._live.values()):
             self._cut(pair)
-        for one in (*self._draining, self._listening, self._wake_read, self._wake_write):
+        for one in (self._listening, self._wake_read, self._wake_write):
             one.close()
         self._selector.close()
 
@@ -225,8 +222,6 @@ class Proxy:
                     self._wake_read.recv(64)
                 elif key.fileobj is self._listening:
                     self._accept()
-                elif key.fileobj in self._draining:
-                    self._drain(key.fileobj, buffer)  # type: ignore[arg-type]
                 elif key.fileobj in self._live:
                     self._move(key.fileobj, buffer)  # type: ignore[arg-type]
                 if self._still:
@@ -235,34 +230,24 @@ class Proxy:
                 self._release()
 
     def _until_due(self) -> float | None:
-        due = [*(held.due for held in self._held), *self._draining.values()]
-        return max(0.0, min(due) - time.monotonic()) if due else None
+        due = min((held.due for held in self._held), default=None)
+        return None if due is None else max(0.0, due - time.monotonic())
 
     def _release(self) -> None:
-        """Deliver what was held back for long enough; give up what does not end."""
+        """Deliver what was held back for long enough, or end the connection that it belongs to."""
         now = time.monotonic()
-        due = [held for held in self._held if held.due <= now]
-        self._held = [held for held in self._held if held.due > now]
-        for held in due:
-            pair = self._live.get(held.side)
-            if pair is not None:
-                self._selector.register(held.side, selectors.EVENT_READ)
-                (self._send if held.due == 0.0 else self._deliver)(pair, held.side, memoryview(held.data))
-        for side in [side for side, until in self._draining.items() if until <= now]:
-            self._end_drain(side)
+        while held := next((held for held in self._held if held.due <= now), None):
+            pair = self._live[held.side]
+            if held.data is None:
+                self._cut(pair)
+                continue
+            self._held.remove(held)
+            self._selector.register(held.side, selectors.EVENT_READ)
+            (self._send if held.due == 0.0 else self._deliver)(pair, held.side, memoryview(held.data))
 
-    def _drain(self, side: socket.socket, buffer: memoryview) -> None:
-        try:
-            over = not side.recv_into(buffer)
-        except OSError:
-            over = True
-        if over:
-            self._end_drain(side)
-
-    def _end_drain(self, side: socket.socket) -> None:
-        del self._draining[side]
+    def _hold(self, side: socket.socket, data: bytes | None, due: float) -> None:
         self._selector.unregister(side)
-        side.close()
+        self._held.append(_Held(side, data, due))
 
     def _accept(self) -> None:
         client, _ = self._listening.accept()
@@ -305,11 +290,11 @@ class Proxy:
             case None:
                 self._deliver(pair, side, data)
             case "delay request" | "delay reply":
-                self._selector.unregister(side)
-                self._held.append(_Held(side, bytes(data), time.monotonic() + self._delay_seconds))
+                self._hold(side, bytes(data), time.monotonic() + self._delay_seconds)
             case "repeat request":
                 self._deliver(pair, side, data)
-                self._cut(pair, kindly=True)
+                for each in (pair.client, pair.server) if side in self._live else ():
+                    self._hold(each, None, time.monotonic() + self._delay_seconds)
             case "cut request" | "cut reply":
                 self._deliver(pair, side, data[: count // 2])
                 self._cut(pair)
@@ -323,8 +308,7 @@ class Proxy:
             if self._still_at and messages is pair.down and len(messages.sizes) >= self._still_at:
                 self._still_at = 0
                 self.blackhole()
-                self._selector.unregister(side)
-                self._held.append(_Held(side, bytes(data), 0.0))
+                self._hold(side, bytes(data), 0.0)
                 return
         self._send(pair, side, data)
 
@@ -344,20 +328,12 @@ class Proxy:
             self.fired[fault] += 1
             return fault
 
-    def _cut(self, pair: _Pair, *, kindly: bool = False) -> None:
-        """End both sides. ``kindly``: the server's is read to its end, so that it gets all that was sent to it."""
+    def _cut(self, pair: _Pair) -> None:
         for side in (pair.client, pair.server):
             if self._live.pop(side, None) is None:
                 continue
-            held = [held for held in self._held if held.side is side]
-            if held:
+            if any(held.side is side for held in self._held):
                 self._held = [held for held in self._held if held.side is not side]
             else:
                 self._selector.unregister(side)
-            if kindly and side is pair.server:
-                with suppress(OSError):
-                    side.shutdown(socket.SHUT_WR)
-                self._draining[side] = time.monotonic() + _DRAIN_SECONDS
-                self._selector.register(side, selectors.EVENT_READ)
-            else:
-                side.close()
+            side.close()

@@ -104,7 +104,7 @@ class Attachment:
         if attached.outcome == pb.Attached.OUTCOME_CREATED:
             self.binding.remember()
         else:
-            self._pull()
+            self._pull_first()
             for group, message in zip(groups, attached.groups, strict=False):
                 group.update(from_map(message, "param_groups"))
         self._options.acknowledge(groups)
@@ -113,6 +113,14 @@ class Attachment:
             "farstep: %s %r at %s as worker %s: version %d on %s", what, self.name, self.address, self.worker,
             attached.version, attached.device,
         )  # fmt: skip
+
+    def _pull_first(self) -> None:
+        try:
+            self._pull()
+        except BaseException:
+            # Without the parameters this is no worker yet: the next use begins anew.
+            self.close()
+            raise
 
     def ensure(self, groups: Groups) -> None:
         """Attach where that has not been done: after a copy or an unpickling."""

@@ -166,6 +166,13 @@ class Binding:
         self._look()
         self._edits.remember(but)
 
+    def restore(self, contents: Sequence[Tensor], edited: Sequence[int]) -> None:
+        """Set the parameters back to what they were, some of them being edited then."""
+        with torch.no_grad():
+            for tensor, content in zip(self.tensors, contents, strict=True):
+                tensor.copy_(content)
+        self.remember(but=edited)
+
     def edited_contents(self, edited: Sequence[int]) -> Body:
         """Return the bytes of a contribution that has no gradients but some edited parameters."""
         plan = plan_gradients(self.layout, {}, edited, no_gradients=True)

@@ -35,7 +35,7 @@ def call_pull(link: Link, sink_for: Callable[[pb.ServerFrame], Sink], average: s
             raise internal(f"{frame.WhichOneof('body')} where parameters are due")
         return frame.parameters
 
-    return link.call(lambda: (pb.ClientFrame(pull=pb.Pull(average=average)), EMPTY), handle)
+    return link.call(lambda: (pb.ClientFrame(pull=pb.Pull(average=average)), EMPTY), handle, reads=True)
 
 
 def call_get_state(link: Link, indices: Sequence[int]) -> tuple[list[tuple[Any, Any]], pb.State]:
@@ -54,6 +54,6 @@ def call_get_state(link: Link, indices: Sequence[int]) -> tuple[list[tuple[Any, 
         return frame.state
 
     request = pb.GetState(parameters=indices)
-    state = link.call(lambda: (pb.ClientFrame(get_state=request), EMPTY), handle)
+    state = link.call(lambda: (pb.ClientFrame(get_state=request), EMPTY), handle, reads=True)
     pairs = read_bundle(buffer, state.header_bytes, "state")
     return [(key, entries) for key, entries in pairs], state

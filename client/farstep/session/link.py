@@ -27,6 +27,7 @@ from farstep_wire.errors import (
     DeadlineError,
     DrainingError,
     FarstepError,
+    FencedError,
     InternalError,
     LeaseError,
     RollbackError,
@@ -39,6 +40,8 @@ from farstep_wire.v1 import optimizer_pb2 as pb
 _LOGGER = logging.getLogger("farstep")
 _LONGEST_HEARTBEAT_SECONDS = 20.0
 _LEAVE_SECONDS = 2.0
+# Beyond the time that an attach may wait on the server: its own word, that it waited in vain, comes within it.
+_WORD_SECONDS = 0.5
 
 Result = TypeVar("Result")
 
@@ -117,7 +120,7 @@ class Link:
         attach.lineage, attach.incarnation = self.standing.lineage, self.standing.incarnation
         attach.version = self.standing.version
         attach.wait_ms = max(1, round((deadline - time.monotonic()) * 1000))
-        return self._exchange(pb.ClientFrame(attach=attach), layout, deadline + 1.0).attached
+        return self._exchange(pb.ClientFrame(attach=attach), layout, deadline + _WORD_SECONDS).attached
 
     def _take_standing(self, attached: pb.Attached) -> None:
         standing = self.standing
@@ -130,7 +133,12 @@ class Link:
 
     def _reattach(self, deadline: float) -> None:
         before = self.standing.incarnation
-        attached = self._open(deadline)
+        try:
+            attached = self._open(deadline)
+        except BaseException:
+            # A stream that is not attached is none to go on with.
+            self._drop_stream()
+            raise
         if attached.incarnation == before and attached.version < self.standing.version:
             self._drop_stream()
             lost = self.standing.version
@@ -150,11 +158,15 @@ class Link:
     # Requests.
 
     def call(
-        self, make: Callable[[], tuple[pb.ClientFrame, BytesSource]], handle: Callable[[Link, float], Result]
+        self,
+        make: Callable[[], tuple[pb.ClientFrame, BytesSource]],
+        handle: Callable[[Link, float], Result],
+        *,
+        reads: bool = False,
     ) -> Result:
         """Send a request and have ``handle`` take its replies; on a broken stream, do so again until the deadline.
 
-        UnavailableError (DeadlineError where time ran out): ``applied`` is UNKNOWN.
+        UnavailableError (DeadlineError where time ran out): ``applied`` is UNKNOWN, or NONE where the request only ``reads``.
         """
         deadline = time.monotonic() + self._remote.timeouts.seconds("step")
         self._broken_since = None
@@ -162,9 +174,14 @@ class Link:
         def attempt() -> Result:
             self._ensure(deadline)
             self.send(*make())
-            return handle(self, deadline)
+            try:
+                return handle(self, deadline)
+            except FencedError as error:
+                # By whom, attaching again tells: by another process, and then this one is refused for good, or by an attach
+                # of this very client that it had given up and that reached the server late.
+                raise LeaseError(str(error), applied=error.applied) from error
 
-        return self._until(attempt, deadline, self._gave_up)
+        return self._until(attempt, deadline, lambda error: self._gave_up(error, reads=reads))
 
     def _ensure(self, deadline: float) -> None:
         if self._process != os.getpid():
@@ -179,7 +196,7 @@ class Link:
         """Attach again where the connection has been given up."""
         deadline = time.monotonic() + self._remote.timeouts.seconds("step")
         self._broken_since = None
-        self._until(lambda: self._ensure(deadline), deadline, self._gave_up)
+        self._until(lambda: self._ensure(deadline), deadline, lambda error: self._gave_up(error, reads=True))
 
     def send(self, frame: pb.ClientFrame, body: BytesSource = EMPTY) -> None:
         """Send a message on the stream as it is; UnavailableError where a request in between has lost it."""
@@ -248,20 +265,23 @@ class Link:
             f"farstep doctor --server {self.address}"
         )
 
-    def _gave_up(self, error: FarstepError) -> FarstepError:
+    def _gave_up(self, error: FarstepError, *, reads: bool) -> FarstepError:
+        applied = Applied.NONE if reads else Applied.UNKNOWN
         unknown = (
-            "Whether the step was applied is unknown: the next call finds out, and goes on from the server's parameters"
+            "Nothing was to be changed by it"
+            if reads
+            else "Whether the step was applied is unknown: the next call finds out, and goes on from the server's parameters"
         )
         if isinstance(error, DeadlineError):
             seconds = self._remote.timeouts.seconds("step")
             return DeadlineError(
                 f"{error} (timeouts.step is {seconds:g} s). {unknown}. A round waits for every live worker: farstep ls and "
                 f"farstep show, with --server {self.address}, say whether one is missing or the server hangs",
-                applied=Applied.UNKNOWN,
+                applied=applied,
             )
         return UnavailableError(
             f"{error}, and it could not be reached again in time. {unknown}. Check the server at {self.address}",
-            applied=Applied.UNKNOWN,
+            applied=applied,
         )
 
     # Ending.

@@ -17,7 +17,7 @@ from farstep.session.holdings import Holdings
 from farstep.session.link import Link, internal
 from farstep.session.steering import ask_again
 from farstep_wire.convert import edits_from_proto, edits_to_proto, forms_to_proto
-from farstep_wire.errors import ConfigurationError, FarstepError
+from farstep_wire.errors import ConfigurationError, FarstepError, RefusedError
 from farstep_wire.frames import EMPTY, BytesSource
 from farstep_wire.layout import GradientForm
 from farstep_wire.v1 import optimizer_pb2 as pb
@@ -105,6 +105,7 @@ class Session(Holdings):
         message.edited_parameters.extend(edited)
         body = self.binding.edited_contents(edited)
         evaluations = Evaluations(closure)
+        before = [tensor.detach().clone() for tensor in self.binding.tensors]
 
         def handle(link: Link, deadline: float) -> pb.Stepped:
             while True:
@@ -117,21 +118,23 @@ class Session(Holdings):
         self._driving = True
         try:
             result = self._after_step(self._contribute(message, body, handle), edits)
-        except FarstepError:
-            self._restore_after_refusal()
-            if evaluations.error is not None:
+        except BaseException as error:
+            # The parameters hold the last trial. A server that has refused the step has those to go on from.
+            if not (isinstance(error, RefusedError) and self._pulled()):
+                self.binding.restore(before, edited)
+            if isinstance(error, FarstepError) and evaluations.error is not None:
                 raise evaluations.error from None
             raise
         finally:
             self._driving = False
         return replace(result, loss=evaluations.same_as_first(result.loss))
 
-    def _restore_after_refusal(self) -> None:
-        # The parameters hold the last trial; the server's are those of before the step.
+    def _pulled(self) -> bool:
         try:
             self._pull()
         except FarstepError:
-            _LOGGER.warning("farstep: the parameters are those of a trial; call opt.remote.pull()")
+            return False
+        return True
 
     def _contribution(self, num_samples: float | None) -> pb.Contribution:
         standing = self.link.standing

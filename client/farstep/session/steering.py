@@ -18,14 +18,15 @@ Result = TypeVar("Result")
 
 def ask_again(address: Address, remote: Remote, act: Callable[[Server], Result]) -> Result:
     """Ask a server; again where the connection breaks, until it should be back. Only for what may be asked twice."""
-    pause = remote.retry.first
-    deadline = time.monotonic() + remote.timeouts.seconds("reconnect")
+    pause, begun = remote.retry.first, time.monotonic()
+    deadline = begun + remote.timeouts.seconds("step")
+    last = min(deadline, begun + remote.timeouts.seconds("reconnect"))
     while True:
         try:
-            with connect(address, remote.timeouts.seconds("step")) as server:
+            with connect(address, deadline - time.monotonic()) as server:
                 return act(server)
         except UnavailableError as error:
-            if isinstance(error, DeadlineError) or time.monotonic() + pause > deadline:
+            if isinstance(error, DeadlineError) or time.monotonic() + pause >= last:
                 raise
         time.sleep(pause)
         pause = min(2 * pause, remote.retry.longest)
