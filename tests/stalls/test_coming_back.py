@@ -158,6 +158,7 @@ def test_a_worker_that_could_not_pull_when_it_joined_is_none_yet(server: ServerP
         proxy.blackhole_at_reply(2)
         set_gradients(params, 3)
         in_vain(late.step, 3.0)
+        assert "not attached" in repr(late.remote)
         proxy.heal()
         set_timeouts_of_session(late, PATIENT)
         set_gradients(params, 3)
