@@ -93,11 +93,12 @@ class HostedOptimizer:
         ticket = getattr(event, "ticket", None)
         try:
             self._expire(now)
-            self._dispatch(event, now)
+            try:
+                self._dispatch(event, now)
+            except FarstepError as error:
+                if ticket is not None:
+                    self._reply(ticket, ev.Refusal(error))
             self._advance(now)
-        except FarstepError as error:
-            if ticket is not None:
-                self._reply(ticket, ev.Refusal(error))
         except Exception as error:  # noqa: BLE001 - the owner tells it; nobody may wait for a reply that never comes
             self.defect = error
             if ticket is not None and all(ticket is not answered for answered, _ in replies):
@@ -207,14 +208,14 @@ class HostedOptimizer:
         if event.lineage:
             check_reconnect(self.identity, self.members, event)
         self._misfits.joined(event.worker)
-        self._answers.take_held(event.worker)
-        previous = self._rounds.drop(event.worker)
+        held = self._answers.take_held(event.worker)
         record, resumed = self.members.join(event.worker, event.instance, now)
-        if previous is not None and not resumed:
-            self._fence(previous.ticket, event.worker)
-        elif previous is not None:
-            self._rounds.put(previous, now)
         if not resumed:
+            if held is not None:
+                self._fence(held.act.ticket, event.worker, Applied.YES)
+            previous = self._rounds.drop(event.worker)
+            if previous is not None:
+                self._fence(previous.ticket, event.worker, Applied.NO)
             record.version = self.version
             gathering = self.decisions.started and self._rounds.gathering
             record.first_round = self.version + 1 if gathering else self.version
@@ -247,8 +248,8 @@ class HostedOptimizer:
             self.identity.lease_seconds,
         )  # fmt: skip
 
-    def _fence(self, ticket: ev.Ticket, worker: str) -> None:
-        error = FencedError(f"worker {worker}: another process has attached as the same worker", applied=Applied.NO)
+    def _fence(self, ticket: ev.Ticket, worker: str, applied: Applied) -> None:
+        error = FencedError(f"worker {worker}: another process has attached as the same worker", applied=applied)
         self._reply(ticket, ev.Refusal(error))
 
     def _on_leave(self, event: ev.Leave) -> None:
@@ -421,6 +422,7 @@ class HostedOptimizer:
         self.engine.load_state(load.state, load.groups)
         self._standing.incarnation += 1
         self.decisions.collective(acts, RoundKind.LOAD_STATE)
+        self._roll_back(self._rounds.take_all())
 
     def _add_group(self, group: ev.AddGroup, acts: Sequence[ev.Act]) -> None:
         for act in acts[1:]:
@@ -450,9 +452,15 @@ class HostedOptimizer:
         self._driving.abort(ClosureError("the hosted optimizer was rolled back", applied=Applied.NO))
         self._take_over(event.dump)
         self._standing.incarnation += 1
+        self.members.expect_all(self.version)
         self.decisions.restored()
         held = [answer.act for worker in self._answers.held() if (answer := self._answers.take_held(worker))]
-        for act in (*held, *self._rounds.take_all()):
+        self._roll_back([*held, *self._rounds.take_all()])
+        self._reply(event.ticket, self._answers.done())
+
+    def _roll_back(self, acts: Sequence[ev.Act]) -> None:
+        """Settle what waits, of an incarnation that has ended."""
+        for act in acts:
             if isinstance(act, ev.Contribution):
                 record = self.decisions.record(act)
                 record.settled = Settled(Outcome.ROLLED_BACK, self.version)
@@ -460,7 +468,6 @@ class HostedOptimizer:
             else:
                 error = RollbackError("the hosted optimizer was rolled back", applied=Applied.NO)
                 self._reply(act.ticket, ev.Refusal(error))
-        self._reply(event.ticket, self._answers.done())
 
     def _take_over(self, dump: Dump) -> None:
         self.pipeline.take_over(dump)

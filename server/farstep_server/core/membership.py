@@ -69,7 +69,6 @@ class Membership:
     def join(self, worker: str, instance: str, now: float) -> tuple[WorkerRecord, bool]:
         """Let a worker in, or in again under a new epoch; return its record and whether its instance was here before."""
         record = self._records.get(worker)
-        others = [other.steps for other in self._records.values() if other.live and other.worker != worker]
         if record is None:
             record = self._records[worker] = WorkerRecord(worker, instance, 0, now, live=False)
             resumed = False
@@ -77,13 +76,24 @@ class Membership:
             resumed = self.knows(worker, instance)
         if not resumed:
             record.instance, record.settled_sequence, record.settled = instance, 0, None
-        if others and not (resumed and record.live):
+        if not (resumed and record.live):
             # A newcomer is level with the slowest; one that comes back is not ahead of where it was.
-            record.steps = min(others) if not resumed else max(record.steps, min(others))
+            level = self._level(worker)
+            record.steps = max(record.steps, level) if resumed else level
         record.epoch += 1
         record.live, record.left = True, False
         record.deadline = now + self.lease_seconds
         return record, resumed
+
+    def _level(self, worker: str) -> int:
+        """Return the steps of the slowest other live worker; where none is, the most that any has made."""
+        live = [other.steps for other in self._records.values() if other.live and other.worker != worker]
+        return min(live) if live else max(record.steps for record in self._records.values())
+
+    def expect_all(self, version: int) -> None:
+        """Expect every worker in the rounds from that version on: it is an older one, after a rollback."""
+        for record in self._records.values():
+            record.first_round = min(record.first_round, version)
 
     def check(self, worker: str, epoch: int, now: float) -> WorkerRecord:
         """Return the record of a member that speaks, and renew its lease; FencedError where it speaks no more."""
