@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from farstep_server.core.records import Dump
 from farstep_wire.policy import Async, Sync
 from tests.state_machine import words
-from tests.state_machine.model import LEASE_SECONDS, Model, bits_of, same_state
+from tests.state_machine.model import Model, same_state
 from tests.state_machine.processes import Process
 from tests.state_machine.system import ARGUMENTS, LAYOUT, System, clone, contents
 
@@ -102,8 +102,8 @@ class Machine(RuleBasedStateMachine):
         model, system = self.model, self.system
         hosted = system.hosted
         agree("version, incarnation", (hosted.version, hosted.incarnation), (model.version, model.incarnation))
-        agree("parameters", system.bits(), bits_of(model.tensors))
-        state = {index: entries for index, entries in hosted.engine.read_state()}
+        agree("parameters", system.bits(), words.bits_of(model.tensors))
+        state = dict(hosted.engine.read_state())
         own = model.optimizer.state_dict()["state"]
         assert same_state(state, own), f"state:\n  server {state}\n  model  {own}"
         agree("lr", hosted.engine.optimizer.param_groups[0]["lr"], model.lr)
@@ -137,6 +137,9 @@ class Machine(RuleBasedStateMachine):
         process, act, epoch = self.tickets.pop(ticket)
         if isinstance(expected, words.Joined):
             process.lr = process.lr if expected.lr is None else expected.lr
+        elif act is None and expected == words.Refused("FencedError", "NO") and process in self.processes:
+            self.processes.remove(process)  # another process is this worker: it has to begin anew
+            self.zombies.append(process)
         elif process.epoch != epoch:
             return  # it has reconnected since: nobody reads this answer
         told = answer.lr if isinstance(answer, words.Stepped) else None
@@ -173,12 +176,12 @@ class Machine(RuleBasedStateMachine):
 
     def _come_back(self) -> None:
         """All who have lost their lease attach again, and ask again for answers that were lost."""
-        for process in self.processes:
+        for process in list(self.processes):
             if not process.attached:
                 self._reconnect(process)
-            if process.attached and not process.answered and process.last is not None:
-                if process.last.epoch != process.epoch:
-                    self._resend(process)
+            lost = not process.answered and process.last is not None and process.last.epoch != process.epoch
+            if process.attached and lost:
+                self._resend(process)
 
     def _resend(self, process: Process) -> None:
         act = process.resent(self.ticket())
@@ -212,9 +215,7 @@ class Machine(RuleBasedStateMachine):
                 answers = self.both(self._push(zombie, number))
             case "accumulate":
                 gradients = self._gradients(number)
-                answers = self.both(
-                    words.Accumulate(ticket, zombie.worker, zombie.epoch, zombie.next(), gradients)
-                )
+                answers = self.both(words.Accumulate(ticket, zombie.worker, zombie.epoch, zombie.next(), gradients))
             case "reconnect":
                 answers = self.both(words.Join(ticket, zombie.worker, zombie.instance, again=True))
             case "zero_grad":
@@ -333,16 +334,17 @@ class Machine(RuleBasedStateMachine):
         taken_back = self.model.waiting.get(process.worker)
         self.both(words.ZeroGrad(self.ticket(), process.worker, process.epoch), process)
         process.accumulated = 0
-        if taken_back is not None and self.tickets.pop(taken_back.ticket, None):
+        if taken_back is not None and taken_back.ticket in self.tickets:
+            del self.tickets[taken_back.ticket]
             process.answered = True
 
     @step(number=NUMBERS)
     def pulls(self, number: int) -> None:
+        self.both(words.Tick())
         process = self._pick(number, idle=True)
         if process is not None:
-            assert self.system.pull(self.now) == (
-                self.model.version, self.model.incarnation, bits_of(self.model.tensors)
-            )  # fmt: skip
+            model = self.model
+            agree("pull", self.system.pull(self.now), (model.version, model.incarnation, words.bits_of(model.tensors)))
             process.version, process.incarnation = self.model.version, self.model.incarnation
 
     # Collective acts.
@@ -355,9 +357,7 @@ class Machine(RuleBasedStateMachine):
             for index, entries in kept["state"].items()
         }
         options = {key: clone(value) for key, value in kept["param_groups"][0].items() if key != "params"}
-        return words.Load(
-            self.ticket(), process.worker, process.epoch, process.next(), state, {**options, "lr": lr}
-        )
+        return words.Load(self.ticket(), process.worker, process.epoch, process.next(), state, {**options, "lr": lr})
 
     @step(number=NUMBERS, variant=st.integers(0, 2))
     def loads(self, number: int, variant: int) -> None:
@@ -401,9 +401,7 @@ class Machine(RuleBasedStateMachine):
 
     # People.
 
-    @step(
-        name=st.sampled_from(["clip_grad_norm", "clip_grad_value"]), limit=st.sampled_from([None, 0.5, 1.5])
-    )
+    @step(name=st.sampled_from(["clip_grad_norm", "clip_grad_value"]), limit=st.sampled_from([None, 0.5, 1.5]))
     def settings_change(self, name: str, limit: float | None) -> None:
         self.both(words.Configure({name: limit}))
 

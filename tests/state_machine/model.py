@@ -1,5 +1,6 @@
-"""What a hosted optimizer does, written down a second time and as plainly as can be: one event after another, one plain
-``torch.optim`` object on tensors of its own, nothing shared with the server's code.
+"""What a hosted optimizer does, written down a second time and as plainly as can be.
+
+One event after another, one plain ``torch.optim`` object on tensors of its own, nothing shared with the server's code.
 
 The semantics in short:
 
@@ -27,10 +28,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from farstep_wire.policy import Async, Sync
+from tests.state_machine import words
 from tests.state_machine.words import (
-    Accumulate, Act, Answer, Configure, Done, Event, Gradients, Join, Joined, Leave, Load, Part, Push, Refused, Restore,
-    Round, Row, Stepped, Stop, Tick, Touch, ZeroGrad, bits_of,
-)  # fmt: skip
+    Act,
+    Answer,
+    Done,
+    Gradients,
+    Join,
+    Joined,
+    Load,
+    Part,
+    Push,
+    Refused,
+    Round,
+    Stepped,
+)
 
 LEASE_SECONDS = 10.0
 
@@ -105,7 +117,7 @@ class Model:
         self.answers: dict[int, Answer] = {}
         self.now = 0.0
 
-    def take(self, event: Event, now: float) -> dict[int, Answer]:
+    def take(self, event: words.Event, now: float) -> dict[int, Answer]:
         """Handle one event: first the leases that have run out, last the rounds that have become ready."""
         self.answers, self.now = {}, now
         for worker in self.live():
@@ -124,38 +136,38 @@ class Model:
             self._release()
         return self.answers
 
-    def _handle(self, event: Event) -> None:
+    def _handle(self, event: words.Event) -> None:
         match event:
             case Join():
                 self._join(event)
             case Act():
                 self._act(event)
-            case ZeroGrad():
+            case words.ZeroGrad():
                 worker = self._member(event.worker, event.epoch)
                 self.waiting.pop(event.worker, None)
                 worker.accumulated.clear()
                 self._answer(event.ticket, self._done())
-            case Leave():
-                worker = self.workers[event.worker]
-                if worker.epoch == event.epoch:  # not the late word of an old session
-                    worker.standing = "left"
-                    self._forget(worker)
+            case words.Leave():
+                leaving = self.workers.get(event.worker)
+                if leaving is not None and leaving.epoch == event.epoch:  # not the late word of an old session
+                    leaving.standing = "left"
+                    self._forget(leaving)
                 self._answer(event.ticket, self._done())
-            case Touch():
-                worker = self.workers[event.worker]
-                if worker.live and worker.epoch == event.epoch:
-                    worker.lease_ends = self.now + LEASE_SECONDS
-            case Configure():
+            case words.Touch():
+                touched = self.workers.get(event.worker)
+                if touched is not None and touched.live and touched.epoch == event.epoch:
+                    touched.lease_ends = self.now + LEASE_SECONDS
+            case words.Configure():
                 self.clipping |= event.changes
-            case Restore():
+            case words.Restore():
                 self._restore(event)
-            case Stop():
-                for worker in list(self.held):
-                    self._tell_held(worker)
+            case words.Stop():
+                for name in list(self.held):
+                    self._tell_held(name)
                 for act in self.waiting.values():
                     self._answer(act.ticket, Refused("DrainingError", "NONE"))
                 self.waiting.clear()
-            case Tick():
+            case words.Tick():
                 pass
 
     def _answer(self, ticket: int, answer: Answer) -> None:
@@ -229,7 +241,7 @@ class Model:
                 self._tell(act, outcome, contributions, 0)
             else:
                 self._answer(act.ticket, self._done())
-        elif isinstance(act, Accumulate):
+        elif isinstance(act, words.Accumulate):
             worker.accumulated.append(act.gradients)
             worker.decided = act.sequence
             self._answer(act.ticket, self._done())
@@ -258,7 +270,7 @@ class Model:
         self._answer(push.ticket, self._stepped(outcome, 0, max(0, self.version - push.version)))
 
     def _stepped(self, outcome: str, contributions: int, staleness: int) -> Stepped:
-        bits = bits_of(self.tensors)
+        bits = words.bits_of(self.tensors)
         return Stepped(outcome, self.version, self.incarnation, contributions, staleness, bits, self.lr)
 
     def _tell(self, push: Push, outcome: str, contributions: int, staleness: int) -> None:
@@ -335,9 +347,7 @@ class Model:
         if not isinstance(act, Push):
             return Part(act.worker, act.sequence)
         staleness = max(0, self.version - act.version)
-        return Part(
-            act.worker, act.sequence, act.gradients is None, act.samples, staleness, self.ahead(act.worker)
-        )
+        return Part(act.worker, act.sequence, act.gradients is None, act.samples, staleness, self.ahead(act.worker))
 
     def _step(self, pushes: list[Push]) -> None:
         rates = {self.lr if push.lr is None else push.lr for push in pushes}
@@ -445,7 +455,7 @@ class Model:
             dict(self.clipping), copy.deepcopy(list(self.workers.values())),
         )  # fmt: skip
 
-    def _restore(self, event: Restore) -> None:
+    def _restore(self, event: words.Restore) -> None:
         """Roll back: state and version are the old ones; what was decided since stays decided."""
         self._take_over(self.saved[event.saved])
         self.incarnation += 1
@@ -481,11 +491,11 @@ class Model:
             )
         return new
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[words.Row]:
         """Return the workers as a description lists them."""
         waiting = {*self.waiting, *self.held}
         return [
-            Row(
+            words.Row(
                 worker.worker, ("waiting" if worker.worker in waiting else "computing") if worker.live else worker.standing,
                 worker.epoch, worker.version, worker.contributions, worker.abstentions, worker.stale, worker.staleness,
                 worker.lease_ends - self.now,

@@ -31,8 +31,7 @@ from tests.state_machine.model import LEASE_SECONDS
 SHAPES = [(3, 2), (5,)]
 LAYOUT = Layout(
     tuple(
-        ParameterSpec(f"p{index}", TensorSpec.contiguous(torch.float32, shape), 0)
-        for index, shape in enumerate(SHAPES)
+        ParameterSpec(f"p{index}", TensorSpec.contiguous(torch.float32, shape), 0) for index, shape in enumerate(SHAPES)
     ),
     (2,),
 )

@@ -24,7 +24,7 @@ class Standing:
 class Answer:
     """What became of a contribution; parameters, options and version are those of the moment when it is told.
 
-    ``changed``: the options that this very commit changed, None: all that the worker cannot know of.
+    ``everything``: tell all options, not those alone that the worker cannot know of.
     """
 
     act: ev.Contribution
@@ -33,7 +33,6 @@ class Answer:
     loss: object = None
     staleness: int = 0
     notice: str = ""
-    changed: GroupEdits | None = None
     everything: bool = False
 
 
@@ -105,8 +104,9 @@ class Answers:
         )  # fmt: skip
 
     def _options(self, answer: Answer) -> GroupEdits:
+        act, optimizer = answer.act, self._engine.optimizer
+        edits = self.log.untold(act.worker, act.version, optimizer)
+        self.log.told(act.worker)
         if answer.everything:
-            return {number: (group, ()) for number, group in enumerate(frozen_options(self._engine.optimizer))}
-        if answer.changed is not None:
-            return answer.changed
-        return self.log.since(answer.act.version, answer.act.worker, self._engine.optimizer)
+            return {number: (group, ()) for number, group in enumerate(frozen_options(optimizer))}
+        return edits

@@ -107,11 +107,9 @@ class Decisions:
         notice: str,
     ) -> None:
         used = sum(not act.abstain for act in acts)
-        # In rounds of all workers each knows the others' edits; else it is told of those since the version it had.
-        together = self._rounds.refuses_older
-        if not together:
-            self._answers.log.note(edits, self._standing.version, acts[0].worker)
-            self._answers.log.note(changed, self._standing.version, "")
+        # The workers of one round know each other's edits, which agree.
+        self._answers.log.note(edits, self._standing.version, [act.worker for act in acts])
+        self._answers.log.note(changed, self._standing.version)
         for act, part in zip(acts, parts, strict=True):
             record = self.record(act)
             record.settled = Settled(outcome, self._standing.version, used, loss)
@@ -122,8 +120,7 @@ class Decisions:
             if not act.abstain:
                 self._pipeline.accumulated.drop(act.worker)
         for act, part in zip(acts, parts, strict=True):
-            own = changed if together else None
-            self._answers.tell(Answer(act, outcome, used, loss, part.staleness, notice, own))
+            self._answers.tell(Answer(act, outcome, used, loss, part.staleness, notice))
 
     def _remember(
         self,

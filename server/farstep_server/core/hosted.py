@@ -222,6 +222,7 @@ class HostedOptimizer:
             self._driving.drop(event.worker)
             self.pipeline.accumulated.drop(event.worker)
         self._had_workers = True
+        self._answers.log.told(event.worker)
         self._reply(event.ticket, self._welcome(record, fresh=fresh, resumed=resumed))
 
     def _tell_misfit(self, worker: str, error: FarstepError) -> None:
@@ -421,6 +422,7 @@ class HostedOptimizer:
         check_same_value("load_state_dict", "state", states)
         self.engine.load_state(load.state, load.groups)
         self._standing.incarnation += 1
+        self._note_all_options([act.worker for act in acts])
         self.decisions.collective(acts, RoundKind.LOAD_STATE)
         self._roll_back(self._rounds.take_all())
 
@@ -436,6 +438,10 @@ class HostedOptimizer:
         self.decisions.collective(acts, RoundKind.ADD_PARAM_GROUP)
 
     # Whole-state acts.
+
+    def _note_all_options(self, authors: Sequence[str] = ()) -> None:
+        options = dict(enumerate(frozen_options(self.engine.optimizer)))
+        self._answers.log.note({number: (group, ()) for number, group in options.items()}, self.version, authors)
 
     def resume_from(self, dump: Dump, now: float) -> None:
         """Take over a dump after a restart: the same lineage and incarnation go on."""
@@ -453,6 +459,7 @@ class HostedOptimizer:
         self._take_over(event.dump)
         self._standing.incarnation += 1
         self.members.expect_all(self.version)
+        self._note_all_options()
         self.decisions.restored()
         held = [answer.act for worker in self._answers.held() if (answer := self._answers.take_held(worker))]
         self._roll_back([*held, *self._rounds.take_all()])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,22 +57,45 @@ def difference(before: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str
     return edits
 
 
+class _Change(NamedTuple):
+    """``number`` counts changes; ``version`` is that after it; ``authors`` are the workers who made it."""
+
+    number: int
+    version: int
+    authors: frozenset[str]
+
+
 class OptionLog:
-    """When each option was changed last, and by whom: what a worker that was away has to be told."""
+    """When each option was changed last, and by whom; and who has been told: what a worker still has to be told.
+
+    A worker has to be told of what was changed since it was told last, and, where it may have given up waiting for that
+    answer, since the version that it holds.
+    """
 
     def __init__(self) -> None:
-        self._changes: dict[tuple[int, str], tuple[int, str]] = {}
+        self._changes: dict[tuple[int, str], _Change] = {}
+        self._number = 0
+        self._told: dict[str, int] = {}
 
-    def note(self, edits: GroupEdits, version: int, author: str) -> None:
-        """Remember what was changed for a version; the server's own changes have no author."""
-        for number, (changed, removed) in edits.items():
-            self._changes.update(((number, key), (version, author)) for key in (*changed, *removed))
+    def note(self, edits: GroupEdits, version: int, authors: Iterable[str] = ()) -> None:
+        """Remember what was changed; the server's own changes have no authors."""
+        if edits:
+            self._number += 1
+            change = _Change(self._number, version, frozenset(authors))
+            for number, (changed, removed) in edits.items():
+                self._changes.update(((number, key), change) for key in (*changed, *removed))
 
-    def since(self, version: int, reader: str, optimizer: Optimizer) -> GroupEdits:
-        """Return what others than the reader have changed after a version, as it stands."""
+    def told(self, worker: str) -> None:
+        """Note that a worker knows all options as they stand."""
+        self._told[worker] = self._number
+
+    def untold(self, worker: str, version: int, optimizer: Optimizer) -> GroupEdits:
+        """Return what others have changed and the worker, which holds a version, has not been told, as it stands."""
+        told = self._told.get(worker, 0)
         edits: GroupEdits = {}
-        for (number, key), (changed_at, author) in self._changes.items():
-            if changed_at <= version or author == reader or number >= len(optimizer.param_groups):
+        for (number, key), change in self._changes.items():
+            known = worker in change.authors or (change.number <= told and change.version <= version)
+            if known or number >= len(optimizer.param_groups):
                 continue
             group = optimizer.param_groups[number]
             values, gone = edits.get(number, ({}, ()))
