@@ -286,7 +286,7 @@ class Machine(RuleBasedStateMachine):
             if process.attached and process.answered:
                 self._send(process, self._push(process, number + index, **changes))
 
-    @step(number=NUMBERS, rounds=st.integers(1, 3))
+    @step(number=NUMBERS, rounds=st.integers(1, 5))
     def trains(self, number: int, rounds: int) -> None:
         """Everyone steps, the usual way."""
         for index in range(rounds):
