@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import initialize, precondition
 
 from farstep_server.core.records import Dump
-from farstep_wire.policy import Async, Sync
+from farstep_wire.policy import Async
 from tests.state_machine import words
-from tests.state_machine.model import Model, same_state
+from tests.state_machine.model import Model
+from tests.state_machine.pair import Pair, agree, step
 from tests.state_machine.processes import Process
 from tests.state_machine.system import ARGUMENTS, LAYOUT, System, clone, contents
 
@@ -23,50 +23,10 @@ WORKERS = ["2", "10", "b", "0", "c"]
 NUMBERS = st.integers(0, 2**20)
 RATES = st.sampled_from([None, None, None, 0.5, 0.25])
 SAMPLES = st.sampled_from([None, None, None, 1.0, 3.0])
-Ledger = list[tuple[str, str, int]]
 
 
-class Tally:
-    """What a run of the machine has done, over all its examples."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.events = 0
-        self.commits = 0
-        self.outcomes: dict[str, int] = {}
-
-
-def step(**strategies: Any) -> Callable[[Callable[..., None]], Any]:
-    """Make a rule of a method, and count how often it is followed."""
-
-    def decorate(method: Callable[..., None]) -> Any:
-        @functools.wraps(method)
-        def counted(self: Machine, **drawn: Any) -> None:
-            self.tally.steps += 1
-            method(self, **drawn)
-
-        return rule(**strategies)(counted)
-
-    return decorate
-
-
-class Machine(RuleBasedStateMachine):
-    """Server and model side by side. ``policy`` and ``tally`` are set by who runs it."""
-
-    policy: Sync | Async = Sync(1)
-    tally = Tally()
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 100.0
-        self.tickets: dict[int, tuple[Process, words.Act | None, int]] = {}
-        self.processes: list[Process] = []
-        self.zombies: list[Process] = []
-        self.dumps: list[Dump] = []
-        self.ledgers: list[Ledger] = []
-        self.ledger: Ledger = []
-        self.last_ticket = 0
-        self.agreeing = False
+class Machine(Pair):
+    """The rules."""
 
     @initialize(optimizer=st.sampled_from(["SGD", "SGD", "Adam"]), crew=st.integers(1, 4))
     def begin(self, optimizer: str, crew: int) -> None:
@@ -77,81 +37,13 @@ class Machine(RuleBasedStateMachine):
         for worker in WORKERS[: crew if isinstance(self.policy, Async) else max(crew, self.policy.workers)]:
             self._start(worker)
 
-    # One event.
-
-    def ticket(self) -> int:
-        self.last_ticket += 1
-        return self.last_ticket
-
-    def both(self, event: words.Event, process: Process | None = None) -> dict[int, words.Answer]:
-        """Give an event to both; compare all that can be seen; let the processes hear their answers."""
-        if process is not None and (ticket := getattr(event, "ticket", None)):
-            self.tickets[ticket] = (process, event if isinstance(event, words.Act) else None, process.epoch)
-        self.tally.events += 1
-        self.agreeing = False
-        expected = self.model.take(event, self.now)
-        answers = self.system.take(event, self.now, self.dumps)
-        agree("answers", answers, expected)
-        self.compare()
-        for ticket, answer in expected.items():
-            self.deliver(ticket, answer, answers[ticket])
-        self.agreeing = True
-        return expected
-
-    def compare(self) -> None:
-        model, system = self.model, self.system
-        hosted = system.hosted
-        agree("version, incarnation", (hosted.version, hosted.incarnation), (model.version, model.incarnation))
-        agree("parameters", system.bits(), words.bits_of(model.tensors))
-        state = dict(hosted.engine.read_state())
-        own = model.optimizer.state_dict()["state"]
-        assert same_state(state, own), f"state:\n  server {state}\n  model  {own}"
-        agree("lr", hosted.engine.optimizer.param_groups[0]["lr"], model.lr)
-        agree("next deadline", hosted.next_deadline() or float("inf"), model.next_deadline())
-        agree("workers", system.rows(self.now), model.rows())
-        news = system.news(self.now)
-        agree("rounds", news, model.rounds)
-        self.enter(news)
-        model.rounds.clear()
-
-    def enter(self, news: list[words.Round]) -> None:
-        """Keep the list of all that was ever applied to the state as it is now, from the server's own history."""
-        limit = self.policy.max_staleness if isinstance(self.policy, Async) else None
-        for round_ in news:
-            self.tally.outcomes[round_.outcome] = self.tally.outcomes.get(round_.outcome, 0) + 1
-            if round_.kind != "step" or round_.outcome != "committed":
-                continue
-            self.tally.commits += 1
-            applied = [
-                (part.worker, self.model.workers[part.worker].instance, part.sequence)
-                for part in round_.parts
-                if not part.abstained
-            ]
-            assert not set(applied) & set(self.ledger), "a contribution was applied twice"
-            assert limit is None or all(part.ahead <= limit for part in round_.parts)
-            self.ledger += applied
-
-    def deliver(self, ticket: int, expected: words.Answer, answer: words.Answer) -> None:
-        if ticket not in self.tickets:
-            return
-        process, act, epoch = self.tickets.pop(ticket)
-        if isinstance(expected, words.Joined):
-            process.lr = process.lr if expected.lr is None else expected.lr
-        elif act is None and expected == words.Refused("FencedError", "NO") and process in self.processes:
-            self.processes.remove(process)  # another process is this worker: it has to begin anew
-            self.zombies.append(process)
-        elif process.epoch != epoch:
-            return  # it has reconnected since: nobody reads this answer
-        told = answer.lr if isinstance(answer, words.Stepped) else None
-        process.hears(act, expected, told, self.model.lr)
-
     # Processes come and go.
 
     def _start(self, worker: str) -> None:
         for old in [process for process in self.processes if process.worker == worker]:
             self.processes.remove(old)
             self.zombies.append(old)
-        process = Process(worker, f"{worker}/{self.last_ticket}", lr=self.model.lr)
+        process = Process(worker, f"{worker}/{self.last_ticket}", lr=self.model.numbers.lr)
         self.processes.append(process)
         self.both(words.Join(self.ticket(), worker, process.instance), process)
 
@@ -344,13 +236,13 @@ class Machine(RuleBasedStateMachine):
         process = self._pick(number, idle=True)
         if process is not None:
             model = self.model
-            agree("pull", self.system.pull(self.now), (model.version, model.incarnation, words.bits_of(model.tensors)))
+            agree("pull", self.system.pull(self.now), (model.version, model.incarnation, model.numbers.bits()))
             process.version, process.incarnation = self.model.version, self.model.incarnation
 
     # Collective acts.
 
     def _load(self, process: Process, variant: int) -> words.Load:
-        kept = self.model.optimizer.state_dict()
+        kept = self.model.numbers.optimizer.state_dict()
         factor, lr = [(1.0, 0.5), (0.5, 0.5), (1.0, 0.25)][variant]
         state = {
             index: {key: value * factor if isinstance(value, torch.Tensor) else value for key, value in entries.items()}
@@ -455,8 +347,3 @@ class Machine(RuleBasedStateMachine):
         """End of an example: nobody may be left waiting."""
         if self.agreeing:
             self._stop()
-
-
-def agree(what: str, server: object, model: object) -> None:
-    """Fail where the two differ, and say in what."""
-    assert server == model, f"{what}:\n  server {server}\n  model  {model}"

@@ -21,14 +21,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from farstep_wire.policy import Async, Sync
 from tests.state_machine import words
+from tests.state_machine.arithmetic import Numbers, SavedNumbers, same_state, total, weighted_mean
 from tests.state_machine.words import (
     Act,
     Answer,
@@ -77,12 +76,10 @@ class Worker:
 class Saved:
     """What a checkpoint keeps."""
 
-    bits: list[Tensor]
-    state: dict[str, Any]
+    numbers: SavedNumbers
     version: int
     incarnation: int
     started: bool
-    clipping: dict[str, float | None]
     workers: list[Worker]
 
 
@@ -101,13 +98,10 @@ class Model:
         self, policy: Sync | Async, make: Callable[[list[Tensor]], Optimizer], initial: Iterable[Tensor]
     ) -> None:
         self.policy = policy
-        self.make = make
-        self.tensors = [tensor.clone().requires_grad_() for tensor in initial]
-        self.optimizer = make(self.tensors)
+        self.numbers = Numbers(make, initial)
         self.version = 0
         self.incarnation = 1
         self.started = False
-        self.clipping: dict[str, float | None] = {"clip_grad_norm": None, "clip_grad_value": None}
         self.workers: dict[str, Worker] = {}
         self.waiting: dict[str, Act] = {}
         self.opened_at = 0.0
@@ -158,7 +152,7 @@ class Model:
                 if touched is not None and touched.live and touched.epoch == event.epoch:
                     touched.lease_ends = self.now + LEASE_SECONDS
             case words.Configure():
-                self.clipping |= event.changes
+                self.numbers.clipping |= event.changes
             case words.Restore():
                 self._restore(event)
             case words.Stop():
@@ -214,7 +208,7 @@ class Model:
             worker.accumulated.clear()
         worker.epoch += 1
         worker.standing, worker.lease_ends = "live", self.now + LEASE_SECONDS
-        lr = None if not event.again and self.version == 0 else self.lr
+        lr = None if not event.again and self.version == 0 else self.numbers.lr
         answer = Joined(resumed, self.version, self.incarnation, worker.epoch, worker.decided, lr)
         self._answer(event.ticket, answer)
 
@@ -270,8 +264,8 @@ class Model:
         self._answer(push.ticket, self._stepped(outcome, 0, max(0, self.version - push.version)))
 
     def _stepped(self, outcome: str, contributions: int, staleness: int) -> Stepped:
-        bits = words.bits_of(self.tensors)
-        return Stepped(outcome, self.version, self.incarnation, contributions, staleness, bits, self.lr)
+        bits = self.numbers.bits()
+        return Stepped(outcome, self.version, self.incarnation, contributions, staleness, bits, self.numbers.lr)
 
     def _tell(self, push: Push, outcome: str, contributions: int, staleness: int) -> None:
         self.held[push.worker] = (push, self._stepped(outcome, contributions, staleness))
@@ -350,17 +344,17 @@ class Model:
         return Part(act.worker, act.sequence, act.gradients is None, act.samples, staleness, self.ahead(act.worker))
 
     def _step(self, pushes: list[Push]) -> None:
-        rates = {self.lr if push.lr is None else push.lr for push in pushes}
+        rates = {self.numbers.lr if push.lr is None else push.lr for push in pushes}
         if len(rates) > 1:
             raise Refusal("MismatchError")
         contributors = [push for push in pushes if push.gradients is not None]
         mean = self._mean(contributors) if contributors else []
-        self.optimizer.param_groups[0]["lr"] = rates.pop()
+        self.numbers.lr = rates.pop()
         outcome = "committed" if contributors else "skipped"
         self._remember(outcome, list(pushes))
         staleness = [part.staleness for part in self.rounds[-1].parts]
         if contributors:
-            self._apply(mean)
+            self.numbers.step(mean)
             self.version += 1
             self.started = True
             self.rounds[-1] = replace(self.rounds[-1], version=self.version)
@@ -381,56 +375,23 @@ class Model:
             worker.accumulated.clear()
 
     def _mean(self, pushes: list[Push]) -> Gradients:
-        own = [self._total(push) for push in pushes]
-        if len(own) == 1:
-            return own[0]
         samples = [push.samples for push in pushes if push.samples is not None]
-        if samples and len(samples) < len(own):
+        if samples and len(pushes) > 1 and len(samples) < len(pushes):
             raise Refusal("MismatchError")
-        weights = samples or [1.0] * len(own)
-        mean: Gradients = []
-        for gradients in zip(*own, strict=True):
-            total: Tensor | None = None
-            for gradient, weight in zip(gradients, weights, strict=True):
-                if gradient is not None:
-                    total = gradient * weight if total is None else torch.add(total, gradient, alpha=weight)
-            mean.append(None if total is None else total / sum(weights))
-        return mean
-
-    def _total(self, push: Push) -> Gradients:
-        """The gradients as ``backward`` would have added them, call by call."""
-        assert push.gradients is not None
-        total: Gradients = [None] * len(self.tensors)
-        for gradients in (*self.workers[push.worker].accumulated, push.gradients):
-            for index, gradient in enumerate(gradients):
-                before = total[index]
-                if gradient is not None:
-                    total[index] = gradient.clone() if before is None else before + gradient
-        return total
-
-    def _apply(self, gradients: Gradients) -> None:
-        for tensor, gradient in zip(self.tensors, gradients, strict=True):
-            tensor.grad = gradient
-        norm, value = self.clipping["clip_grad_norm"], self.clipping["clip_grad_value"]
-        if norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.tensors, norm)
-        if value is not None:
-            torch.nn.utils.clip_grad_value_(self.tensors, value)
-        self.optimizer.step()
+        own = [
+            total([*self.workers[push.worker].accumulated, push.gradients])
+            for push in pushes
+            if push.gradients is not None
+        ]
+        return weighted_mean(own, samples or [1.0] * len(own))
 
     # The whole state.
-
-    @property
-    def lr(self) -> float:
-        """The learning rate."""
-        return float(self.optimizer.param_groups[0]["lr"])
 
     def _load(self, loads: list[Load]) -> None:
         first = loads[0]
         if any(load.options != first.options or not same_state(load.state, first.state) for load in loads):
             raise Refusal("MismatchError")
-        group = {**first.options, "params": list(range(len(self.tensors)))}
-        self.optimizer.load_state_dict(copy.deepcopy({"state": first.state, "param_groups": [group]}))
+        self.numbers.load(first.state, first.options)
         self.incarnation += 1
         self._remember("committed", list(loads))
         for load in loads:
@@ -449,15 +410,14 @@ class Model:
 
     def save(self) -> Saved:
         """Return a checkpoint of now."""
-        tensors = [tensor.detach().clone() for tensor in self.tensors]
-        return Saved(
-            tensors, copy.deepcopy(self.optimizer.state_dict()), self.version, self.incarnation, self.started,
-            dict(self.clipping), copy.deepcopy(list(self.workers.values())),
-        )  # fmt: skip
+        workers = copy.deepcopy(list(self.workers.values()))
+        return Saved(self.numbers.save(), self.version, self.incarnation, self.started, workers)
 
     def _restore(self, event: words.Restore) -> None:
         """Roll back: state and version are the old ones; what was decided since stays decided."""
-        self._take_over(self.saved[event.saved])
+        saved = self.saved[event.saved]
+        self.numbers.restore(saved.numbers)
+        self.version = saved.version
         self.incarnation += 1
         self.rounds.append(Round("restore", "committed", self.version, self.incarnation))
         for worker in self.workers.values():
@@ -470,20 +430,12 @@ class Model:
         self._roll_back_waiting()
         self._answer(event.ticket, self._done())
 
-    def _take_over(self, saved: Saved) -> None:
-        with torch.no_grad():
-            for tensor, old in zip(self.tensors, saved.bits, strict=True):
-                tensor.copy_(old)
-        self.optimizer.load_state_dict(copy.deepcopy(saved.state))
-        self.version = saved.version
-        self.clipping = dict(saved.clipping)
-
     def restarted(self, saved: Saved, now: float) -> Model:
         """Return the model of a server that begins with a checkpoint: nothing waits, the members have a fresh lease."""
-        new = Model(self.policy, self.make, saved.bits)
-        new._take_over(saved)
-        new.now = now
-        new.incarnation, new.started, new.saved = saved.incarnation, saved.started, self.saved
+        new = Model(self.policy, self.numbers.make, saved.numbers.tensors)
+        new.numbers.restore(saved.numbers)
+        new.now, new.saved = now, self.saved
+        new.version, new.incarnation, new.started = saved.version, saved.incarnation, saved.started
         for old in copy.deepcopy(saved.workers):
             standing = "live" if old.live else "left"
             new.workers[old.worker] = replace(
@@ -507,19 +459,3 @@ class Model:
 def in_order(worker: str) -> tuple[bool, int, str]:
     """Sort key: numbers by value, then names."""
     return (not worker.isdigit(), int(worker) if worker.isdigit() else 0, worker)
-
-
-def same_state(left: dict[int, dict[str, Any]], right: dict[int, dict[str, Any]]) -> bool:
-    """Whether two optimizer states are the same to the bit."""
-    return left.keys() == right.keys() and all(
-        left[index].keys() == right[index].keys()
-        and all(same_value(value, right[index][key]) for key, value in left[index].items())
-        for index in left
-    )
-
-
-def same_value(left: Any, right: Any) -> bool:
-    """Whether two entries are the same to the bit."""
-    if isinstance(left, Tensor) and isinstance(right, Tensor):
-        return left.dtype == right.dtype and torch.equal(left, right)
-    return type(left) is type(right) and bool(left == right)

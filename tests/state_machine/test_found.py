@@ -8,7 +8,8 @@ from typing import Any
 
 from farstep_wire.policy import Async, Sync
 from tests.state_machine import words
-from tests.state_machine.machine import Machine, Tally
+from tests.state_machine.machine import Machine
+from tests.state_machine.pair import Tally
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from farstep_wire.policy import Async, Sync
-from tests.state_machine.machine import Machine, Tally
+from tests.state_machine.machine import Machine
+from tests.state_machine.pair import Tally
 
 BIG = os.environ.get("FARSTEP_SOAK") == "big"
 POLICIES = [
