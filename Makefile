@@ -8,6 +8,7 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=constraints.txt PIP_BUILD_
 INPUTS := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 DEMO_STAMP := $(VENV)/.farstep-demo-$(INPUTS)
 FULL_STAMP := $(VENV)/.farstep-full-$(INPUTS)
+BENCH_STAMP := $(VENV)/.farstep-bench-$(INPUTS)
 
 PROTOS := $(wildcard proto/farstep_wire/v1/*.proto)
 SERVICE_PROTOS := $(shell grep -l '^service ' $(PROTOS) /dev/null)
@@ -67,7 +68,7 @@ check-protos: venv ## Check that the stubs are those of the protos
 soak: venv ## Run the fault and load tests at full count (long)
 	@FARSTEP_SOAK=big $(PY) -m pytest -m soak --timeout=0 -s $(PYTEST_ARGS)
 
-bench: venv ## Measure, beside the baselines of the same run
+bench: $(BENCH_STAMP) ## Measure, beside peers in the same run (long)
 	@$(PY) -m pytest -m bench --timeout=0 -s $(PYTEST_ARGS) tests/benchmarks
 
 clean: ## Remove what builds and checks leave behind
@@ -116,4 +117,9 @@ $(DEMO_STAMP): | $(VENV)/bin/python
 $(FULL_STAMP): $(DEMO_STAMP)
 	@echo '== install what the tests need'
 	@$(PIP) --quiet -e '.[demo,test,frameworks]'
+	@touch $@
+
+$(BENCH_STAMP): $(FULL_STAMP)
+	@echo '== install what the benchmarks measure beside'
+	@$(PIP) --quiet -e '.[bench]'
 	@touch $@

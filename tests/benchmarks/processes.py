@@ -1,4 +1,4 @@
-"""Server processes that benchmarks measure against: farstep's own, and a bare gRPC echo."""
+"""Server processes that benchmarks measure against: farstep's own, and the other ends of its peers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-_ECHO = """
+import psutil
+
+from tests.support.servers import clean_environment
+
+_GRPC = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
 import grpc
@@ -17,40 +22,136 @@ import grpc
 def echo(messages, context):
     yield from messages
 
-server = grpc.server(ThreadPoolExecutor(4))
-method = grpc.stream_stream_rpc_method_handler(echo)
-server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench.Echo", {"Echo": method}),))
+def push_then_pull(messages, context):
+    kept = []
+    for message in messages:
+        if message:
+            kept.append(message)
+        else:
+            yield from kept
+            kept = []
+
+server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.max_receive_message_length", 4 << 20)])
+methods = {"Echo": grpc.stream_stream_rpc_method_handler(echo),
+           "PushPull": grpc.stream_stream_rpc_method_handler(push_then_pull)}
+server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench.Bytes", methods),))
 port = server.add_insecure_port("127.0.0.1:0")
 server.start()
-print(port, flush=True)
+print(f"127.0.0.1:{port}", flush=True)
 sys.stdin.read()
 """
 
+_FLIGHT = """
+import sys
+import threading
+from pyarrow import flight
+
+class Exchange(flight.FlightServerBase):
+    def do_exchange(self, context, descriptor, reader, writer):
+        batches = [chunk.data for chunk in reader]
+        writer.begin(reader.schema)
+        for batch in batches:
+            writer.write_batch(batch)
+
+server = Exchange("grpc://127.0.0.1:0")
+print(f"grpc://127.0.0.1:{server.port}", flush=True)
+sys.stdin.read()
+server.shutdown()
+"""
+
+_GLOO = """
+import sys
+import torch
+import torch.distributed as dist
+
+print("", flush=True)
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=1, world_size=2)
+kept = torch.empty(int(sys.argv[2]))
+while True:
+    dist.recv(kept, 0)
+    dist.send(kept, 0)
+"""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A farstep-server process."""
+
+    address: str
+    pid: int
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time it has taken."""
+        times = psutil.Process(self.pid).cpu_times()
+        return float(times.user + times.system)
+
 
 @contextmanager
-def farstep_server(*arguments: str) -> Iterator[str]:
-    """Run a farstep-server on a loopback port; yield its address."""
+def farstep_server(*arguments: str) -> Iterator[Server]:
+    """Run a farstep-server on a loopback port."""
     read_end, write_end = os.pipe()
     command = [sys.executable, "-m", "farstep_server", "--listen", "127.0.0.1:0", "--ready-fd", str(write_end)]
-    process = subprocess.Popen([*command, "--log-level", "warning", *arguments], pass_fds=(write_end,))
+    process = subprocess.Popen(
+        [*command, "--log-level", "warning", *arguments], pass_fds=(write_end,), env=clean_environment()
+    )
     os.close(write_end)
     try:
         with os.fdopen(read_end) as ready:
-            yield json.loads(ready.readline())["address"]
+            yield Server(json.loads(ready.readline())["address"], process.pid)
     finally:
         process.terminate()
         process.wait(30)
 
 
 @contextmanager
-def echo_server() -> Iterator[str]:
-    """Run a gRPC server that returns every message of a stream; yield its address."""
-    process = subprocess.Popen([sys.executable, "-c", _ECHO], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+def _program(*arguments: str) -> Iterator[str]:
+    """Run a Python program that prints a line when it is ready; yield the line, empty where it ended instead."""
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", *arguments],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=clean_environment(), text=True,
+    )  # fmt: skip
     assert process.stdin is not None
     assert process.stdout is not None
     try:
-        yield f"127.0.0.1:{int(process.stdout.readline())}"
+        yield process.stdout.readline().strip()
     finally:
         process.stdin.close()
+        process.terminate()
         process.wait(30)
         process.stdout.close()
+
+
+@contextmanager
+def grpc_server() -> Iterator[str]:
+    """Run a gRPC server with ``Echo``, and ``PushPull``, which returns what it was sent once an empty message comes."""
+    with _program("-c", _GRPC) as address:
+        yield address
+
+
+@contextmanager
+def flight_server() -> Iterator[str]:
+    """Run an Arrow Flight server that returns what an exchange has brought; an empty address where pyarrow is missing."""
+    with _program("-c", _FLIGHT) as address:
+        yield address
+
+
+@contextmanager
+def gloo_peer(store: str, elements: int) -> Iterator[None]:
+    """Run rank 1 of two, which sends back so many float32 each time it has received them."""
+    with _program("-c", _GLOO, store, str(elements)):
+        yield
+
+
+@contextmanager
+def rpc_server(workers: int, store: str) -> Iterator[None]:
+    """Run the parameter server of torch.distributed.rpc."""
+    environment = clean_environment() | {"TP_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.rpc_peer", str(workers), store]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
+    assert process.stdin is not None
+    try:
+        yield
+    finally:
+        process.stdin.close()
+        process.terminate()
+        process.wait(30)

@@ -43,6 +43,8 @@ class Orders:
     rounds: int
     pauses: tuple[int, ...]
     """Rounds after which worker 0 stays away until its owner says so, and all others wait for it."""
+    elements: int = 0
+    """Of the one parameter; 0: a few small ones."""
 
 
 def digest(params: Sequence[torch.Tensor]) -> str:
@@ -119,13 +121,13 @@ class Herd:
 
 @contextmanager
 def herd(
-    address: str, name: str, total: int, processes: int, rounds: int, pauses: Sequence[int] = ()
+    address: str, name: str, total: int, processes: int, rounds: int, pauses: Sequence[int] = (), elements: int = 0
 ) -> Iterator[Herd]:
     """Run that many workers, spread over processes; all are attached, and begin with ``go_on_all``."""
     bounds = [total * number // processes for number in range(processes + 1)]
     own = Herd(
         [
-            Orders(address, name, first, end - first, total, rounds, tuple(pauses))
+            Orders(address, name, first, end - first, total, rounds, tuple(pauses), elements)
             for first, end in itertools.pairwise(bounds)
         ]
     )
@@ -150,7 +152,7 @@ class _Member:
     def __init__(self, orders: Orders, number: int) -> None:
         self._orders = orders
         self._number = number
-        self.params = problems.parameters()
+        self.params = [torch.nn.Parameter(torch.zeros(orders.elements))] if orders.elements else problems.parameters()
         remote = Remote(orders.address, name=orders.name, worker=number, policy=Sync(orders.total), timeouts=_TIMEOUTS)
         self.optimizer: Any = optim.SGD(self.params, remote=remote, **OPTIONS)
 

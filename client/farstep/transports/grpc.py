@@ -148,6 +148,8 @@ class GrpcStream(Stream):
             for data in encode(*item):
                 self._sent_bytes += len(data)
                 yield data
+            # Not until the next message comes: the gradients of this one would take their memory for as long.
+            del item, data
 
     def _next(self) -> bytes:
         data: bytes = next(self._call)

@@ -1,0 +1,62 @@
+"""How much memory a process takes at its peak that steps 102 MB and does nothing else, and the server that it steps at.
+
+What a process needs anyway (Python, torch, gRPC) is left out: of the server it is what it has taken before the model came and
+after a small one had been hosted; of a worker it is in the local process that it is compared to as well.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.support.servers import ServerProcess, clean_environment
+
+TENSORS, ELEMENTS, STEPS = 100, 256_000, 4
+MODEL = TENSORS * ELEMENTS * 4
+ALLOWED = 64 * 2**20
+
+# argv: JSON of the optimizer's module, class, number of tensors and keywords of Remote, None for a local one.
+_WORKER = """
+import json, sys
+from importlib import import_module
+from pathlib import Path
+import torch
+
+module, name, tensors, elements, steps, how = json.loads(sys.argv[1])
+options = {}
+if how is not None:
+    from farstep import Remote
+    options["remote"] = Remote(**how)
+parameters = [torch.nn.Parameter(torch.zeros(elements)) for _ in range(tensors)]
+optimizer = getattr(import_module(module), name)(parameters, lr=1e-3, **options)
+for _ in range(steps):
+    optimizer.zero_grad()
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizer.step()
+status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+print(int(status["VmHWM"].split()[0]) * 1024)
+"""
+
+
+def peak(module: str, name: str, tensors: int, how: dict[str, Any] | None) -> int:
+    """Return the peak of a process that takes a few steps, in bytes."""
+    orders = json.dumps([module, name, tensors, ELEMENTS, STEPS, how])
+    command = [sys.executable, "-c", _WORKER, orders]
+    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+def server_peak(server: ServerProcess) -> int:
+    """Return the server's peak so far, in bytes."""
+    lines = Path(f"/proc/{server.pid}/status").read_text().splitlines()
+    status = dict(line.split(":", 1) for line in lines)
+    return int(status["VmHWM"].split()[0]) * 1024
+
+
+def mib(count: float) -> str:
+    return f"{count / 2**20:.0f} MiB"
