@@ -35,3 +35,6 @@ MAX_DIMENSIONS = 64
 
 VALUE_DEPTH = 32
 """Nesting of a value."""
+
+LOAD_BYTES = 16 * 1024**3
+"""A client may ask LinkService for no more at a time."""

@@ -26,12 +26,13 @@ from farstep_server.logs import log_event
 from farstep_server.service.checkpoint import CheckpointService
 from farstep_server.service.failures import FailureInterceptor
 from farstep_server.service.inspection import InspectionService
+from farstep_server.service.link import LinkService
 from farstep_server.service.optimizer import OptimizerService
 from farstep_server.service.steering import SteeringService
 from farstep_server.store import SnapshotStore, StoreError
 from farstep_wire.errors import Applied, ConfigurationError, DrainingError, StorageError
 from farstep_wire.limits import MESSAGE_BYTES
-from farstep_wire.v1 import checkpoint_pb2, inspection_pb2, optimizer_pb2, steering_pb2
+from farstep_wire.v1 import checkpoint_pb2, inspection_pb2, link_pb2, optimizer_pb2, steering_pb2
 from farstep_wire.v1.checkpoint_pb2_grpc import add_CheckpointServiceServicer_to_server as add_checkpoint
 from farstep_wire.v1.inspection_pb2_grpc import add_InspectionServiceServicer_to_server as add_inspection
 from farstep_wire.v1.steering_pb2_grpc import add_SteeringServiceServicer_to_server as add_steering
@@ -94,15 +95,13 @@ class App:
         server = grpc.server(
             self._pool, interceptors=[FailureInterceptor()], options=options, maximum_concurrent_rpcs=self._threads
         )
-        server.add_generic_rpc_handlers((OptimizerService(self.directory).handler(),))
+        server.add_generic_rpc_handlers((OptimizerService(self.directory).handler(), LinkService().handler()))
         add_inspection(InspectionService(self.directory, self.snapshots), server)
         add_checkpoint(CheckpointService(self.snapshots), server)
         add_steering(SteeringService(self.directory), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        files = (
-            optimizer_pb2.DESCRIPTOR, inspection_pb2.DESCRIPTOR, checkpoint_pb2.DESCRIPTOR, steering_pb2.DESCRIPTOR
-        )  # fmt: skip
-        own = [service.full_name for file in files for service in file.services_by_name.values()]
+        modules = (optimizer_pb2, inspection_pb2, checkpoint_pb2, steering_pb2, link_pb2)
+        own = [service.full_name for module in modules for service in module.DESCRIPTOR.services_by_name.values()]
         reflection.enable_server_reflection([*own, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
         return server
 

@@ -20,7 +20,7 @@ from farstep.cli._main import build_parser
 from farstep.optim.handle import RemoteHandle
 from farstep_server.config import FIELDS
 from farstep_wire import errors
-from farstep_wire.v1 import checkpoint_pb2, inspection_pb2, optimizer_pb2, steering_pb2
+from farstep_wire.v1 import checkpoint_pb2, inspection_pb2, link_pb2, optimizer_pb2, steering_pb2
 
 TORCH_CLASSES = {
     name
@@ -189,7 +189,8 @@ def test_every_error_has_a_code_of_its_own_in_the_table() -> None:
 
 
 def test_the_services() -> None:
-    files: list[FileDescriptor] = [m.DESCRIPTOR for m in (optimizer_pb2, inspection_pb2, checkpoint_pb2, steering_pb2)]
+    modules = (optimizer_pb2, inspection_pb2, checkpoint_pb2, steering_pb2, link_pb2)
+    files: list[FileDescriptor] = [module.DESCRIPTOR for module in modules]
     found = {
         f"{file.package}.{service.name}": [method.name for method in service.methods]
         for file in files
@@ -200,6 +201,7 @@ def test_the_services() -> None:
         "farstep.v1.InspectionService": ["GetServer", "List", "Describe", "Watch", "History", "Remove"],
         "farstep.v1.CheckpointService": ["Save", "ListSnapshots", "Restore"],
         "farstep.v1.SteeringService": ["Configure", "DeclareSchedule", "GetSchedule", "LoadSchedule"],
+        "farstep.v1.LinkService": ["Exchange"],
     }
 
 
@@ -215,6 +217,7 @@ def _verbs(parser: argparse.ArgumentParser) -> dict[str, Any]:
 def test_the_verbs_of_the_command() -> None:
     assert _verbs(build_parser()) == {
         "ls": {}, "show": {}, "watch": {}, "workers": {}, "history": {}, "set": {}, "rm": {}, "doctor": {},
+        "bench": {},
         "checkpoint": {"save": {}, "list": {}, "restore": {}},
     }  # fmt: skip
 

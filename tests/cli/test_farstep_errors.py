@@ -97,6 +97,7 @@ ALL_VERBS = [
     ["watch", "x"],
     ["rm", "x", "--yes"],
     ["doctor"],
+    ["bench"],
     ["checkpoint", "save", "x"],
     ["checkpoint", "list", "x"],
     ["checkpoint", "restore", "x"],

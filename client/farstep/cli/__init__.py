@@ -14,7 +14,7 @@ code  meaning
 How the parts stand to each other: ``_main`` parses and turns errors into exit codes, ``_verbs`` has one function per
 verb, ``_client`` alone calls the server (by grpc), ``_views`` turns its replies into the dicts that
 ``--json`` prints, and ``_tables`` draws those dicts for people. ``_doctor`` and ``_probe`` find out why a server cannot
-be reached.
+be reached. ``_bench`` measures what the link to a server can do.
 
 None of them imports torch itself: what a server sends is shown without it.
 """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import queue
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -13,10 +15,11 @@ from farstep.cli._probe import explain
 from farstep.transports.unary import FAILURE_KEY, error_from_rpc
 from farstep_wire.address import Address
 from farstep_wire.errors import DeadlineError, FarstepError, UnavailableError
-from farstep_wire.limits import MESSAGE_BYTES
+from farstep_wire.limits import CHUNK_BYTES, MESSAGE_BYTES
 from farstep_wire.v1 import checkpoint_pb2 as cpb
 from farstep_wire.v1 import common_pb2 as pb
 from farstep_wire.v1 import inspection_pb2 as ipb
+from farstep_wire.v1 import link_pb2 as lpb
 from farstep_wire.v1 import steering_pb2 as spb
 from farstep_wire.v1.checkpoint_pb2_grpc import CheckpointServiceStub
 from farstep_wire.v1.inspection_pb2_grpc import InspectionServiceStub
@@ -136,6 +139,43 @@ class Client:
         """Return what the standard health service says of the whole server, such as "SERVING"."""
         reply = self._read(self._health.Check, health_pb2.HealthCheckRequest(service=""))
         return str(health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status))
+
+    @contextmanager
+    def exchange(self) -> Iterator[Callable[[int, int], None]]:
+        """Open a bare stream; yield a call that sends so many bytes and returns once so many have come back, at least 1.
+
+        The deadline, WRITE_SECONDS unless told otherwise, is that of the whole stream.
+        """
+        # Only now: it imports torch, for which the command line should not wait.
+        from farstep_wire.frames import split
+
+        seconds = self._timeout or WRITE_SECONDS
+        service = lpb.DESCRIPTOR.services_by_name["LinkService"]
+        outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        method = self._channel.stream_stream(f"/{service.full_name}/Exchange", None, None)
+        call: Any = method(iter(outbox.get, None), timeout=seconds)
+        full = lpb.Load(payload=bytes(CHUNK_BYTES)).SerializeToString()
+
+        def turn(out_bytes: int, back_bytes: int) -> None:
+            count, rest = divmod(out_bytes, CHUNK_BYTES)
+            for _ in range(count):
+                outbox.put(full)
+            outbox.put(lpb.Load(wanted_bytes=back_bytes, payload=bytes(rest)).SerializeToString())
+            try:
+                while back_bytes > 0:
+                    back_bytes -= len(split(next(call))[1])
+            except grpc.RpcError as error:
+                raise translate(error, self._address, seconds) from None
+            except StopIteration:
+                raise UnavailableError(f"the server at {self._address} ended the measurement") from None
+
+        try:
+            yield turn
+        except BaseException:
+            call.cancel()
+            raise
+        finally:
+            outbox.put(None)
 
     def _read(self, method: grpc.UnaryUnaryMultiCallable[_Request, _Reply], request: _Request) -> _Reply:
         return self._call(method, request, self._timeout or READ_SECONDS, writes=False)

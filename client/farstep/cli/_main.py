@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from farstep.cli import _verbs as verbs
+from farstep.cli._bench import BENCH_KEYS, DEFAULT_SIZES
 from farstep.cli._client import READ_SECONDS, WRITE_SECONDS
 from farstep.cli._doctor import DOCTOR_KEYS
 from farstep.cli._values import clean
@@ -44,6 +45,7 @@ examples:
   farstep set resnet50 clip_grad_norm=1.0 non_finite=skip
   farstep checkpoint save resnet50 --tag before-lr-drop
   farstep doctor --server unix:/run/farstep.sock
+  farstep bench --server gpu-box:50051 --sizes 10KB,100MB
 
 exit codes:
   0    ok
@@ -143,8 +145,20 @@ def build_parser() -> argparse.ArgumentParser:
     rm.add_argument("--yes", action="store_true", help="do not ask")
     doctor = _verb(parsers, "doctor", verbs.doctor, "say what is wrong with a connection", DOCTOR_KEYS, named=False)
     doctor.add_argument("--count", metavar="N", type=_at_least(1), default=100, help="round trips to time (100)")
+    _add_bench(parsers)
     _add_checkpoint(parsers)
     return parser
+
+
+def _add_bench(parsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    bench = _verb(parsers, "bench", verbs.bench, "measure a link, and steps over it", BENCH_KEYS, named=False)
+    text = f"of the models, with commas ({','.join(DEFAULT_SIZES)}, as far as the link is fast enough)"
+    bench.add_argument("--sizes", metavar="SIZES", help=text)
+    text = "time for each size (5); three rounds are taken in any case"
+    bench.add_argument("--seconds", metavar="SECONDS", type=_seconds, default=5.0, help=text)
+    bench.add_argument("--count", metavar="N", type=_at_least(1), default=200, help="round trips to time (200)")
+    text = "of the steps, as in farstep.Remote (default: as training scripts have it)"
+    bench.add_argument("--transport", metavar="NAME", help=text)
 
 
 def _add_rounds(parsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -299,6 +299,42 @@ def _when(seconds: float | str) -> str:
     return datetime.fromtimestamp(seconds, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
+def bench(view: View) -> Group:
+    """Draw what was measured of a link."""
+    server, trips = view["server"], view["round_trip_ms"]
+    transport = f", transport {clean(view['transport'])}" if view["transport"] else ""
+    about = f"{clean(view['address'])}: farstep {clean(server['version'])} on {clean(server['device'])}{transport}"
+    trip = f"round trip: p50 {trips['p50']:.3g} ms, p99 {trips['p99']:.3g} ms over {trips['count']}"
+    columns = ("model", "push", "pull", "exchange", "step", "local", "step / (exchange + local)", "rounds")
+    rows = (
+        (
+            _decimal(own["bytes"]),
+            f"{_decimal(own['push_bytes_per_second'])}/s",
+            f"{_decimal(own['pull_bytes_per_second'])}/s",
+            _duration(own["exchange_seconds"]),
+            _duration(own["step_seconds"]),
+            _duration(own["local_seconds"]),
+            f"{own['ratio']:.2f}",
+            str(own["rounds"]),
+        )
+        for own in view["sizes"]
+    )
+    parts: list[RenderableType] = [Text(about), Text(trip), Text(), _table(columns, rows)]
+    if view["left_out"]:
+        left = ", ".join(map(_decimal, view["left_out"]))
+        parts.append(Text(f"\nleft out, for the link is slow: {left}; --sizes has them measured all the same"))
+    return Group(*parts)
+
+
+def _decimal(count: float) -> str:
+    """Return bytes as links are rated, such as "1.25 GB"."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.3g} {unit}"
+
+
 def checks(views: Sequence[View]) -> Table:
     """Draw what the doctor found."""
     table = Table(box=None, show_header=False, pad_edge=False)

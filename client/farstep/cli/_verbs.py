@@ -12,6 +12,7 @@ from rich.live import Live
 
 from farstep.cli import _tables as tables
 from farstep.cli import _views as views
+from farstep.cli._bench import measure, plan_from
 from farstep.cli._client import Client
 from farstep.cli._doctor import examine
 from farstep.cli._values import clean, plain_map, value_map
@@ -222,6 +223,18 @@ def doctor(arguments: argparse.Namespace, address: Address) -> int:
     else:
         tables.console().print(tables.checks(view["checks"]))
     return report.code
+
+
+def bench(arguments: argparse.Namespace, address: Address) -> int:
+    """Measure the link to the server, and steps over it."""
+    plan = plan_from(arguments.sizes, arguments.seconds, arguments.count, arguments.transport, arguments.timeout)
+    with _client(arguments, address) as client:
+        view = measure(client, address, plan)
+    if arguments.json:
+        _emit(view)
+    else:
+        tables.console().print(tables.bench(view))
+    return 0
 
 
 def checkpoint_save(arguments: argparse.Namespace, address: Address) -> int:

@@ -2,7 +2,7 @@
 
 The status is the one of the error table; the whole error travels as a serialized Failure in the trailing metadata, under
 ``FAILURE_KEY``. What is no FarstepError is a defect of farstep: it is logged with its traceback and told as INTERNAL.
-Sessions (OptimizerService) are left alone: there a failure is a reply like any other.
+Calls with a stream of requests are left alone: in a session (OptimizerService) a failure is a reply like any other.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class FailureInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg]  # g
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(_unary(handler.unary_unary), **codecs)
         if handler.unary_stream is not None:
-            return grpc.unary_stream_rpc_method_handler(_streaming(handler.unary_stream), **codecs)
+            return grpc.unary_stream_rpc_method_handler(telling(handler.unary_stream), **codecs)
         return handler
 
 
@@ -61,9 +61,11 @@ def _unary(method: Callable[[Any, grpc.ServicerContext], Any]) -> Callable[[Any,
     return call
 
 
-def _streaming(
+def telling(
     method: Callable[[Any, grpc.ServicerContext], Iterator[Any]],
 ) -> Callable[[Any, grpc.ServicerContext], Iterator[Any]]:
+    """Return a method that answers with a stream such that what it raises is told to the client."""
+
     def call(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         try:
             yield from method(request, context)
