@@ -6,6 +6,8 @@ own after ``zero_grad()``, or wherever a peer's users have them arrive. ``step``
 
 from __future__ import annotations
 
+import contextlib
+import io
 import queue
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -122,7 +124,8 @@ def _farstep(size: Size, seat: Seat, options: dict[str, Any]) -> Contender:
     def close() -> None:
         optimizer.remote.close()
         if seat.rank == 0:
-            main(["--server", address, "rm", name, "--yes"])
+            with contextlib.redirect_stdout(io.StringIO()):
+                main(["--server", address, "rm", name, "--yes"])
 
     return Contender(optimizer.step, _backward(optimizer, own, gradients(size)), close)
 
@@ -250,7 +253,7 @@ def _ray(size: Size, _: Seat, options: dict[str, Any]) -> Contender:
     """Ray's parameter server: workers that compute gradients and a server that applies them, all actors."""
     from tests.benchmarks.ray_peer import begin
 
-    step, close = begin(size.tensors, size.elements, options["workers"])
+    step, close = begin(size.tensors, size.elements, options["workers"], documented=options["documented"])
     return Contender(step, close=close)
 
 

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.bench
 
 _LOCAL, _STREAM, _FLIGHT, _GLOO = "torch.optim", "bare gRPC stream", "Arrow Flight exchange", "gloo send and receive"
 _GRPC, _BFLOAT16, _PG = "farstep grpc", "farstep grpc, bfloat16", "farstep pg"
+_RAY = "Ray parameter server, as documented"
 _SHM, _ADOPTED = "farstep shm", "farstep shm, adopted"
 
 
@@ -77,9 +78,10 @@ def test_ray(report: Report) -> None:
     contest = Contest(LARGE)
     with farstep_server() as server, crew(1) as one, crew(2) as own:
         contest.enter(one, "floor", "floor", workers=2)
-        contest.enter(one, "Ray parameter server", "ray", workers=2)
+        contest.enter(one, _RAY, "ray", workers=2, documented=True)
+        contest.enter(one, "Ray, one array, summed in place", "ray", workers=2, documented=False)
         transports.enter(contest, own, server, [_GRPC, _SHM, _ADOPTED])
         contest.hold(FEW_ROUNDS, WARM)
     report.contest(f"2 workers, {LARGE}, fused Adam, beside Ray", contest, "floor")
     text = f"Ray / shm, 2 workers, {LARGE}"
-    report.ratio("1", text, contest, "Ray parameter server", (_SHM,), 10.0, at_most=False)
+    report.ratio("1", text, contest, _RAY, (_SHM,), 10.0, at_most=False)

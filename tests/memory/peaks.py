@@ -1,8 +1,4 @@
-"""How much memory a process takes at its peak that steps 102 MB and does nothing else, and the server that it steps at.
-
-What a process needs anyway (Python, torch, gRPC) is left out: of the server it is what it has taken before the model came and
-after a small one had been hosted; of a worker it is in the local process that it is compared to as well.
-"""
+"""The peak memory of a process that steps 102 MB and does nothing else, and of the server that it steps at."""
 
 from __future__ import annotations
 
@@ -17,6 +13,8 @@ from tests.support.servers import ServerProcess, clean_environment
 TENSORS, ELEMENTS, STEPS = 100, 256_000, 4
 MODEL = TENSORS * ELEMENTS * 4
 ALLOWED = 64 * 2**20
+SERVER_MOST = 4 * MODEL + ALLOWED
+"""Of a server: parameters, two moments, one contribution in flight, and what is allowed for the rest."""
 
 # argv: JSON of the optimizer's module, class, number of tensors and keywords of Remote, None for a local one.
 _WORKER = """
@@ -56,6 +54,18 @@ def server_peak(server: ServerProcess) -> int:
     lines = Path(f"/proc/{server.pid}/status").read_text().splitlines()
     status = dict(line.split(":", 1) for line in lines)
     return int(status["VmHWM"].split()[0]) * 1024
+
+
+def peaks(server: ServerProcess, name: str, how: dict[str, Any]) -> tuple[int, int]:
+    """Return what a server of nothing else takes for an Adam of 102 MB at its peak, and the peak of the one worker.
+
+    What a process needs anyway (Python, torch, gRPC) is left out of the server's: what it has taken before the model came, and
+    after a small one had been hosted.
+    """
+    peak("farstep.optim", "Adam", 1, {**how, "address": server.address, "name": f"{name}-small"})
+    before = server_peak(server)
+    worker = peak("farstep.optim", "Adam", TENSORS, {**how, "address": server.address, "name": name})
+    return server_peak(server) - before, worker
 
 
 def mib(count: float) -> str:
