@@ -69,7 +69,11 @@ class Remote:
         worker: this worker's stable id; None means ``$RANK``, or ``"0"`` outside torchrun.
         on_existing: what to do where the name is hosted already: ``"attach"`` goes on from its version, ``"error"`` fails,
             ``"replace"`` starts anew.
-        transport: how tensors travel; ``"grpc"``.
+        transport: how tensors travel. ``"grpc"``: in messages. ``"shm"``: through memory that worker and server share, where
+            both run on one host and as one user; else in messages, and the log says why. ``"auto"``: ``"shm"`` for 256 KiB of
+            parameters or more at a loopback address.
+        adopt_parameters: with shared memory, have the parameters lie in the server's own memory, so that nothing is copied
+            back. A change that is made to them on one worker then is one for the server and all workers at once. Sync only.
         timeouts: how long to wait for what.
         retry: pauses between attempts to connect.
         detect_edits: compare every parameter's bits before each step, so that edits through ``p.data`` are seen too. Without
@@ -85,7 +89,8 @@ class Remote:
     worker: str | int | None = None
     token: str | None = field(default=None, repr=False)
     tls: object | None = None
-    transport: Literal["grpc"] = "grpc"
+    transport: Literal["auto", "grpc", "shm"] = "auto"
+    adopt_parameters: bool = False
     wire_dtype: object | None = None
     on_existing: OnExisting = "attach"
     timeouts: Timeouts = field(default_factory=Timeouts)
@@ -97,8 +102,13 @@ class Remote:
         for unserved in ("token", "tls", "wire_dtype"):
             if getattr(self, unserved) is not None:
                 raise ConfigurationError(f"remote: {unserved} is not served by this release; leave it None")
-        if self.transport != "grpc":
-            raise ConfigurationError(f"remote: transport {self.transport!r} is not one of 'grpc'")
+        if self.transport not in {"auto", "grpc", "shm"}:
+            raise ConfigurationError(f"remote: transport {self.transport!r} is not one of 'auto', 'grpc', 'shm'")
+        if self.adopt_parameters and isinstance(self.policy, Async):
+            raise ConfigurationError(
+                "remote: adopt_parameters=True with Async: parameters that all workers see would change under a worker's "
+                "gradients; leave it False, or use Sync"
+            )
         if self.on_existing not in {"attach", "error", "replace"}:
             raise ConfigurationError(f"remote: on_existing {self.on_existing!r} is not 'attach', 'error' or 'replace'")
         if self.policy is not None and not isinstance(self.policy, (Sync, Async)):

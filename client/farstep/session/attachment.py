@@ -13,13 +13,14 @@ from farstep.config import Remote
 from farstep.session.binding import Binding, layout_of
 from farstep.session.calls import call_done, call_pull
 from farstep.session.groups import Groups
+from farstep.session.lanes import Exchange, Lanes
 from farstep.session.link import Link
 from farstep.session.options import OptionTracker, sendable
 from farstep.session.placement import locate, policy_of, worker_of
 from farstep.session.replicas import ReplicaGuard
 from farstep.session.snapshot import FetchedState
 from farstep.session.steering import Declared
-from farstep.transports.base import Traffic
+from farstep.transports.base import Lane, Traffic
 from farstep_wire.convert import layout_to_proto, policy_to_proto
 from farstep_wire.frames import EMPTY, Body, BytesSource, NullSink, Sink
 from farstep_wire.layout import dtype_name
@@ -62,6 +63,8 @@ class Attachment:
         self._open_group: tuple[int, list[Tensor]] | None = None
         self._driving = False
         self._holds_average = False
+        self._torn = False
+        self._lanes = Lanes(remote, self.address)
         self._replicas = ReplicaGuard(self.policy)
         self.schedules = Declared()
         self.accumulated = 0
@@ -97,12 +100,13 @@ class Attachment:
     def attach(self, groups: Groups) -> None:
         """Create the hosted optimizer or join it; afterwards parameters and options are those of the server."""
         self._bind(groups)
-        link = Link(self.address, self.remote, self._attach_message)
+        link = Link(self.address, self.remote, self._attach_message, self._open_lane)
         attached = link.attach(self.binding.contents)
         self._link = link
         self.accumulated = 0
         if attached.outcome == pb.Attached.OUTCOME_CREATED:
             self.binding.remember()
+            self._adopt()
         else:
             self._pull_first()
             for group, message in zip(groups, attached.groups, strict=False):
@@ -144,6 +148,9 @@ class Attachment:
         assert self._link is not None, "attached"
         return self._link
 
+    def _open_lane(self, exchange: Exchange) -> Lane | None:
+        return self._lanes.open(exchange, self.binding)
+
     def _attach_message(self) -> tuple[pb.Attach, BytesSource]:
         known = self._groups[: len(self.binding.layout.group_sizes)]
         options = [sendable(group, self.subject.required, number) for number, group in enumerate(known)]
@@ -172,11 +179,35 @@ class Attachment:
         if self._unsettled and self.subject.drives_closure:
             # The server may still wait for an evaluation of a step that was given up here.
             self.zero_grad()
-        parameters = call_pull(self.link, self._sink_for)
-        self.binding.received()
+        parameters = call_pull(self.link, self._sink_for, shared=True)
+        if not self._take(parameters.changes):
+            # Others step faster than they can be copied here: in a message they come whole.
+            parameters = call_pull(self.link, self._sink_for)
+            self._take(0)
         standing = self.link.standing
         standing.version, standing.incarnation = parameters.version, parameters.incarnation
         self._holds_average = False
+
+    def _take(self, changes: int) -> bool:
+        """Take over the parameters of a reply, which have come as bytes or lie in the lane; return whether they are whole."""
+        lane = self.link.lane
+        self._torn = bool(changes) and (lane is None or not lane.take(changes, self.binding.sink()))
+        if not self._torn:
+            self.binding.received()
+            self._adopt()
+        return not self._torn
+
+    def _adopt(self) -> None:
+        if self.link.lane is not None:
+            self.link.lane.adopt()
+            self.binding.adopted = self.link.lane.adopted
+
+    def _check_whole(self) -> None:
+        """Pull parameters that are a mixture of versions, or that were adopted from a server that has gone since."""
+        gone = self.binding.adopted and not (self.link.lane is not None and self.link.lane.adopted)
+        if self._torn or gone:
+            self.binding.adopted = False
+            self._pull()
 
     def zero_grad(self) -> None:
         """Have the server drop what this worker has staged; no round trip where nothing can be, as in a closure."""

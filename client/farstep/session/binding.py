@@ -6,14 +6,16 @@ layout) goes through a CPU tensor in the layout's own strides, one copy more.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from farstep.session.edits import EditDetector
-from farstep_wire.frames import Body, ScatterSink
+from farstep.transports.base import Lane
+from farstep_wire.frames import EMPTY, Body, BytesSource, ScatterSink
 from farstep_wire.layout import (
     GradientForm,
     GradientPlan,
@@ -103,12 +105,37 @@ def _staging(spec: TensorSpec) -> Tensor:
     return spec.view(torch.zeros(max(spec.nbytes, 1), dtype=torch.uint8), 0)
 
 
+@dataclass(frozen=True)
+class Load:
+    """What a contribution brings, whichever way it takes.
+
+    ``whole`` makes the bytes of all of it. ``dense``: the gradients as CPU tensors with the layout's strides, None where one is
+    no such; ``rest``: the bytes of what does not go with them.
+    """
+
+    forms: dict[int, GradientForm] = field(default_factory=dict)
+    whole: Callable[[], BytesSource] | None = None
+    dense: Sequence[Tensor | None] | None = None
+    rest: BytesSource = EMPTY
+
+    def through(self, lane: Lane | None) -> tuple[bool, BytesSource]:
+        """Lay the gradients into a lane, where they can go there; return whether it is used, and the bytes of the message."""
+        if self.whole is None:
+            return lane is not None, self.rest
+        if lane is None or self.dense is None:
+            return False, self.whole()
+        lane.put(self.dense)
+        return True, self.rest
+
+
 class Binding:
     """The parameters of a proxy optimizer, bound to a layout."""
 
     def __init__(self, tensors: Sequence[Tensor], layout: Layout, *, detect_edits: bool) -> None:
         self.layout = layout
         self.tensors = list(tensors)
+        self.adopted = False
+        """Whether the parameters are the server's own, so that nothing is received, and no edit is one of this side alone."""
         self._edits = EditDetector(self.tensors, compare_bits=detect_edits)
         self._places: list[_Place] = []
         self._pointers: list[int] = []
@@ -178,13 +205,21 @@ class Binding:
         plan = plan_gradients(self.layout, {}, edited, no_gradients=True)
         return self._planned_body(plan, [[] for _ in self.tensors])
 
+    @property
+    def adoptable(self) -> bool:
+        """Whether the parameters could lie in the server's memory as they are."""
+        self._look()
+        return all(place.direct for place in self._places)
+
     def edited(self) -> list[int]:
         """Return the parameters that were changed on this side since they were last received."""
+        if self.adopted:
+            return []
         self._look()
         return self._edits.changed()
 
-    def gradients(self, edited: Sequence[int] = ()) -> tuple[dict[int, GradientForm], Body]:
-        """Return the exceptions among the gradients, and the bytes of a contribution.
+    def load(self, edited: Sequence[int] = ()) -> Load:
+        """Return the gradients and the edited parameters as a contribution brings them.
 
         TypeError: a gradient has another dtype or shape than its parameter.
         """
@@ -200,9 +235,17 @@ class Binding:
                 tensors.append(parts)
             else:
                 tensors.append([self._dense(index, gradient, forms)])
+        return Load(
+            forms,
+            lambda: self._body(forms, edited, tensors),
+            None if any(form is not None for form in forms.values()) else [own[0] if own else None for own in tensors],
+            self.edited_contents(edited) if edited else EMPTY,
+        )
+
+    def _body(self, forms: dict[int, GradientForm], edited: Sequence[int], tensors: list[list[Tensor]]) -> Body:
         if not forms and not edited:
-            return forms, self._plain_body(tensors)
-        return forms, self._planned_body(plan_gradients(self.layout, forms, edited), tensors)
+            return self._plain_body(tensors)
+        return self._planned_body(plan_gradients(self.layout, forms, edited), tensors)
 
     def _dense(self, index: int, gradient: Tensor, forms: dict[int, GradientForm]) -> Tensor:
         spec = self.layout.specs[index]
@@ -280,7 +323,8 @@ class Binding:
                 for tensor, staging in self._staged:
                     tensor.copy_(staging)
         torch.autograd.graph.increment_version(self.tensors)
-        self._edits.remember()
+        if not self.adopted:
+            self._edits.remember()
 
 
 class _KeptBody(Body):

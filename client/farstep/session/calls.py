@@ -26,8 +26,10 @@ def call_done(link: Link, make: Make) -> pb.Done:
     return link.call(make, handle)
 
 
-def call_pull(link: Link, sink_for: Callable[[pb.ServerFrame], Sink], average: str = "") -> pb.Parameters:
-    """Have the parameters, or an average of them, written into a sink."""
+def call_pull(
+    link: Link, sink_for: Callable[[pb.ServerFrame], Sink], average: str = "", *, shared: bool = False
+) -> pb.Parameters:
+    """Have the parameters, or an average of them, written into a sink; or ``shared``, left in the lane, if there is one."""
 
     def handle(link: Link, deadline: float) -> pb.Parameters:
         frame = link.receive(sink_for, deadline)
@@ -35,7 +37,10 @@ def call_pull(link: Link, sink_for: Callable[[pb.ServerFrame], Sink], average: s
             raise internal(f"{frame.WhichOneof('body')} where parameters are due")
         return frame.parameters
 
-    return link.call(lambda: (pb.ClientFrame(pull=pb.Pull(average=average)), EMPTY), handle, reads=True)
+    def make() -> tuple[pb.ClientFrame, BytesSource]:
+        return pb.ClientFrame(pull=pb.Pull(average=average, shared=shared and link.lane is not None)), EMPTY
+
+    return link.call(make, handle, reads=True)
 
 
 def call_get_state(link: Link, indices: Sequence[int]) -> tuple[list[tuple[Any, Any]], pb.State]:

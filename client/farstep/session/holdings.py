@@ -38,6 +38,7 @@ class Holdings(Attachment):
     def _check_standing(self) -> None:
         """ConfigurationError where gradients taken now would not be the hosted optimizer's."""
         self._settle_group()
+        self._check_whole()
         if self._holds_average:
             raise ConfigurationError(
                 "the parameters here are an average, taken by opt.remote.pull(average=...); gradients at it are none of the "
@@ -109,6 +110,7 @@ class Holdings(Attachment):
             message.epoch = standing.epoch
             return pb.ClientFrame(add_param_group=message), body
 
+        self._check_whole()
         edited = self.binding.edited()
         try:
             call_done(self.link, make)
@@ -121,6 +123,8 @@ class Holdings(Attachment):
         self._binding = Binding([*known, *new], old.extended(own), detect_edits=self.remote.detect_edits)
         self.binding.remember(but=edited)
         self._options.acknowledge_group(groups, number)
+        self.link.renew_lane()
+        self._adopt()
 
     def _settle_group(self) -> None:
         """Find out what became of a group of which nothing is known; ConfigurationError where the server has it."""

@@ -17,7 +17,7 @@ from uuid import uuid4
 
 from farstep.config import Remote
 from farstep.embedded import embedded_server_ended
-from farstep.transports.base import SinkFor, Stream, Traffic, Transport
+from farstep.transports.base import Lane, SinkFor, Stream, Traffic, Transport
 from farstep.transports.grpc import GrpcTransport
 from farstep_wire import __version__
 from farstep_wire.address import Address
@@ -44,6 +44,7 @@ _LEAVE_SECONDS = 2.0
 _WORD_SECONDS = 0.5
 
 Result = TypeVar("Result")
+OpenLane = Callable[[Callable[[pb.ClientFrame], pb.ServerFrame]], Lane | None]
 
 
 @dataclass
@@ -65,17 +66,24 @@ class Standing:
 class Link:
     """A client's connection to one hosted optimizer.
 
-    ``describe_attach`` gives the Attach message and the layout's bytes; it is asked anew at each attempt.
+    ``describe_attach`` gives the Attach message and the layout's bytes; it is asked anew at each attempt. ``open_lane`` agrees
+    on a lane for a stream that has just been attached.
     """
 
     def __init__(
-        self, address: Address, remote: Remote, describe_attach: Callable[[], tuple[pb.Attach, BytesSource]]
+        self,
+        address: Address,
+        remote: Remote,
+        describe_attach: Callable[[], tuple[pb.Attach, BytesSource]],
+        open_lane: OpenLane,
     ) -> None:
         self.address = address
         self.standing = Standing()
         self.sent = False
         self._remote = remote
         self._describe_attach = describe_attach
+        self._open_lane = open_lane
+        self.lane: Lane | None = None
         self._transport: Transport | None = None
         self._stream: Stream | None = None
         self._ended_traffic = Traffic()
@@ -98,6 +106,8 @@ class Link:
             reply = self._open(deadline)
             if reply.outcome == pb.Attached.OUTCOME_UPLOAD:
                 reply = self._exchange(pb.ClientFrame(upload=pb.Upload()), contents(), deadline).attached
+            self._take_standing(reply)
+            self.choose_lane(deadline)
             return reply
 
         try:
@@ -105,9 +115,13 @@ class Link:
         except BaseException:
             self._drop_stream()
             raise
-        self._take_standing(attached)
         self.standing.version = attached.version
         return attached
+
+    def choose_lane(self, deadline: float) -> None:
+        """Agree with the server on the lane of the stream as it is, in place of the one that it has."""
+        self._close_lane(settled=True)
+        self.lane = self._open_lane(lambda frame: self._exchange(frame, EMPTY, deadline))
 
     def _open(self, deadline: float) -> pb.Attached:
         if self._transport is None:
@@ -153,6 +167,11 @@ class Link:
         self._take_standing(attached)
         # What this worker holds is of the incarnation it knew; the server will say so if that has ended.
         self.standing.incarnation = incarnation
+        try:
+            self.choose_lane(deadline)
+        except BaseException:
+            self._drop_stream()
+            raise
         _LOGGER.warning("farstep: attached to %s again (version %d)", self.address, attached.version)
 
     # Requests.
@@ -286,7 +305,23 @@ class Link:
 
     # Ending.
 
+    def renew_lane(self) -> None:
+        """Agree on a lane anew, the layout having changed; a stream that breaks at that is made again with the next request."""
+        try:
+            self.choose_lane(time.monotonic() + self._remote.timeouts.seconds("step"))
+        except UnavailableError:
+            self._drop_stream()
+        except BaseException:
+            self._drop_stream()
+            raise
+
+    def _close_lane(self, *, settled: bool) -> None:
+        lane, self.lane = self.lane, None
+        if lane is not None:
+            lane.close(settled=settled)
+
     def _drop_stream(self) -> None:
+        self._close_lane(settled=False)
         stream, self._stream = self._stream, None
         if stream is not None:
             stream.close()
@@ -300,6 +335,7 @@ class Link:
         if self._stream is not None and self._process == os.getpid():
             try:
                 self._exchange(pb.ClientFrame(leave=pb.Leave()), EMPTY, time.monotonic() + _LEAVE_SECONDS)
+                self._close_lane(settled=True)
             except FarstepError:
                 _LOGGER.debug("farstep: could not take leave of %s", self.address)
         self._drop_stream()

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from farstep.inspection import Server
+from farstep.session.binding import Load
 from farstep.session.calls import call_done
 from farstep.session.evaluations import Closure, Evaluations
 from farstep.session.groups import Groups
@@ -19,7 +20,6 @@ from farstep.session.steering import ask_again
 from farstep_wire.convert import edits_from_proto, edits_to_proto, forms_to_proto
 from farstep_wire.errors import ConfigurationError, FarstepError, RefusedError
 from farstep_wire.frames import EMPTY, BytesSource
-from farstep_wire.layout import GradientForm
 from farstep_wire.v1 import optimizer_pb2 as pb
 from farstep_wire.v1.steering_pb2 import DeclareScheduleRequest, ScheduleState
 from farstep_wire.values import from_map, from_value, to_value
@@ -55,19 +55,18 @@ class Session(Holdings):
         """Contribute the gradients as they stand, or abstain, and take over the new parameters."""
         self._groups = groups
         edits = self._options.edits(groups)
-        forms: dict[int, GradientForm] = {}
         edited: list[int] = []
-        body: BytesSource = EMPTY
+        load = Load()
         if not abstain:
             self._check_standing()
             edited = self.binding.edited()
-            forms, body = self.binding.gradients(edited)
+            load = self.binding.load(edited)
         message = self._contribution(num_samples)
         message.abstain = abstain
-        message.forms.extend(forms_to_proto(forms))
+        message.forms.extend(forms_to_proto(load.forms))
         message.edits.extend(edits_to_proto(edits))
         message.edited_parameters.extend(edited)
-        result = self._contribute(message, body, self._receive_step)
+        result = self._contribute(message, load, self._receive_step)
         return self._after_step(result, edits, abstain=abstain)
 
     def accumulate(self, groups: Groups) -> None:
@@ -79,13 +78,14 @@ class Session(Holdings):
             )
         self._check_standing()
         self._groups = groups
-        forms, body = self.binding.gradients()
+        load = self.binding.load()
         standing = self.link.standing
         standing.sequence += 1
-        message = pb.Accumulate(sequence=standing.sequence, forms=forms_to_proto(forms))
+        message = pb.Accumulate(sequence=standing.sequence, forms=forms_to_proto(load.forms))
 
         def make() -> tuple[pb.ClientFrame, BytesSource]:
             message.epoch = standing.epoch
+            message.shared, body = load.through(self.link.lane)
             return pb.ClientFrame(accumulate=message), body
 
         unsettled, self._unsettled = self._unsettled, True
@@ -103,7 +103,7 @@ class Session(Holdings):
         message.closure = True
         message.edits.extend(edits_to_proto(edits))
         message.edited_parameters.extend(edited)
-        body = self.binding.edited_contents(edited)
+        load = Load(rest=self.binding.edited_contents(edited))
         evaluations = Evaluations(closure)
         before = [tensor.detach().clone() for tensor in self.binding.tensors]
 
@@ -112,16 +112,17 @@ class Session(Holdings):
                 frame = link.receive(self._sink_for, deadline)
                 if frame.WhichOneof("body") != "evaluate":
                     return self._stepped(frame)
-                self.binding.received()
+                self._take(frame.evaluate.changes)
                 link.send(*self._evaluate(evaluations, frame.evaluate.number, message.sequence))
 
         self._driving = True
         try:
-            result = self._after_step(self._contribute(message, body, handle), edits)
+            result = self._after_step(self._contribute(message, load, handle), edits)
         except BaseException as error:
             # The parameters hold the last trial. A server that has refused the step has those to go on from.
             if not (isinstance(error, RefusedError) and self._pulled()):
                 self.binding.restore(before, edited)
+                self._torn = False
             if isinstance(error, FarstepError) and evaluations.error is not None:
                 raise evaluations.error from None
             raise
@@ -148,7 +149,7 @@ class Session(Holdings):
         )
 
     def _contribute(
-        self, message: pb.Contribution, body: BytesSource, handle: Callable[[Link, float], pb.Stepped]
+        self, message: pb.Contribution, load: Load, handle: Callable[[Link, float], pb.Stepped]
     ) -> pb.Stepped:
         self._unsettled = True
 
@@ -158,6 +159,7 @@ class Session(Holdings):
                 # Applied before the connection broke: only the recorded answer is wanted.
                 known = pb.Contribution(epoch=message.epoch, sequence=message.sequence, abstain=True)
                 return pb.ClientFrame(contribution=known), EMPTY
+            message.shared, body = load.through(self.link.lane)
             return pb.ClientFrame(contribution=message), body
 
         stepped = self.link.call(make, handle)
@@ -171,7 +173,7 @@ class Session(Holdings):
         if frame.WhichOneof("body") != "stepped":
             raise internal(f"{frame.WhichOneof('body')} where stepped is due")
         if frame.stepped.parameters:
-            self.binding.received()
+            self._take(frame.stepped.changes)
             self._holds_average = False
         return frame.stepped
 
@@ -199,6 +201,8 @@ class Session(Holdings):
         applied = stepped.outcome == pb.Stepped.OUTCOME_COMMITTED
         loss = from_value(stepped.loss, "loss") if stepped.HasField("loss") else None
         self.staleness = stepped.staleness
+        if self._torn:
+            self._pull()
         return StepResult(applied, stepped.version, loss, accumulated)
 
     def _take_options(self, changed: Mapping[int, tuple[dict[str, Any], Sequence[str]]]) -> None:
@@ -224,9 +228,10 @@ class Session(Holdings):
 
     def _put_result(self, message: pb.Evaluation, loss: object) -> BytesSource:
         plain = to_value(loss.detach() if isinstance(loss, Tensor) else loss, "the closure's loss")
-        forms, body = self.binding.gradients()
+        load = self.binding.load()
         message.loss.CopyFrom(plain)
-        message.forms.extend(forms_to_proto(forms))
+        message.forms.extend(forms_to_proto(load.forms))
+        message.shared, body = load.through(self.link.lane)
         return body
 
     # Steering.

@@ -8,8 +8,10 @@ says that the time allowed has passed. Nothing on a stream waits without a deadl
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from farstep_wire.frames import EMPTY, BytesSource, Sink
 from farstep_wire.v1 import optimizer_pb2 as pb
@@ -60,6 +62,36 @@ class Stream(ABC):
     @abstractmethod
     def close(self) -> None:
         """End the stream; may be called more than once and from any thread."""
+
+
+class Lane(ABC):
+    """Another way for gradients and parameters than a stream's own bytes; it belongs to one stream and ends with it."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The transport's name, as in ``Remote(transport=...)``."""
+
+    @abstractmethod
+    def put(self, gradients: Sequence[Tensor | None]) -> None:
+        """Lay out gradients for the next request, one per parameter, dense CPU tensors with the layout's strides."""
+
+    @abstractmethod
+    def take(self, changes: int, sink: Sink) -> bool:
+        """Copy the parameters that a reply speaks of into a sink. False: they have changed since; the sink has a mixture."""
+
+    @property
+    def adopted(self) -> bool:
+        """Whether the parameters lie in the server's memory, so that there is nothing to take."""
+        return False
+
+    def adopt(self) -> None:
+        """Have the parameters lie there from now on, where that was asked for; they hold what the server has there."""
+        return
+
+    @abstractmethod
+    def close(self, *, settled: bool) -> None:
+        """Give it up. ``settled``: nothing that was put is awaited; else it may still be read, and is never written again."""
 
 
 class Transport(ABC):

@@ -67,6 +67,7 @@ class ClientFrame(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     LEAVE_FIELD_NUMBER: _builtins.int
     ACCUMULATE_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
@@ -126,6 +127,10 @@ class ClientFrame(_message.Message):
     def accumulate(self) -> Global___Accumulate:
         """Adds gradients to what this worker has accumulated. Bytes: the gradients, as for Contribution."""
 
+    @_builtins.property
+    def share(self) -> Global___Share:
+        """Asks for memory that both sides see, or answers what was offered."""
+
     def __init__(
         self,
         *,
@@ -142,15 +147,16 @@ class ClientFrame(_message.Message):
         heartbeat: Global___Heartbeat | None = ...,
         leave: Global___Leave | None = ...,
         accumulate: Global___Accumulate | None = ...,
+        share: Global___Share | None = ...,
         total_bytes: _builtins.int = ...,
         offset: _builtins.int = ...,
         payload: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accumulate", b"accumulate", "add_param_group", b"add_param_group", "attach", b"attach", "body", b"body", "contribution", b"contribution", "evaluation", b"evaluation", "get_state", b"get_state", "heartbeat", b"heartbeat", "leave", b"leave", "load_state", b"load_state", "pull", b"pull", "upload", b"upload", "zero_grad", b"zero_grad"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accumulate", b"accumulate", "add_param_group", b"add_param_group", "attach", b"attach", "body", b"body", "contribution", b"contribution", "evaluation", b"evaluation", "get_state", b"get_state", "heartbeat", b"heartbeat", "leave", b"leave", "load_state", b"load_state", "pull", b"pull", "share", b"share", "upload", b"upload", "zero_grad", b"zero_grad"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accumulate", b"accumulate", "add_param_group", b"add_param_group", "attach", b"attach", "body", b"body", "contribution", b"contribution", "evaluation", b"evaluation", "get_state", b"get_state", "heartbeat", b"heartbeat", "leave", b"leave", "load_state", b"load_state", "offset", b"offset", "payload", b"payload", "pull", b"pull", "request", b"request", "total_bytes", b"total_bytes", "upload", b"upload", "zero_grad", b"zero_grad"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accumulate", b"accumulate", "add_param_group", b"add_param_group", "attach", b"attach", "body", b"body", "contribution", b"contribution", "evaluation", b"evaluation", "get_state", b"get_state", "heartbeat", b"heartbeat", "leave", b"leave", "load_state", b"load_state", "offset", b"offset", "payload", b"payload", "pull", b"pull", "request", b"request", "share", b"share", "total_bytes", b"total_bytes", "upload", b"upload", "zero_grad", b"zero_grad"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["attach", "upload", "contribution", "evaluation", "zero_grad", "pull", "get_state", "load_state", "add_param_group", "heartbeat", "leave", "accumulate"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["attach", "upload", "contribution", "evaluation", "zero_grad", "pull", "get_state", "load_state", "add_param_group", "heartbeat", "leave", "accumulate", "share"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -170,6 +176,7 @@ class ServerFrame(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    SHARED_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
@@ -209,6 +216,10 @@ class ServerFrame(_message.Message):
     def failure(self) -> _common_pb2.Failure:
         """The request was not carried out."""
 
+    @_builtins.property
+    def shared(self) -> Global___Shared:
+        """Answers Share."""
+
     def __init__(
         self,
         *,
@@ -220,15 +231,16 @@ class ServerFrame(_message.Message):
         state: Global___State | None = ...,
         done: Global___Done | None = ...,
         failure: _common_pb2.Failure | None = ...,
+        shared: Global___Shared | None = ...,
         total_bytes: _builtins.int = ...,
         offset: _builtins.int = ...,
         payload: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "body", b"body", "done", b"done", "evaluate", b"evaluate", "failure", b"failure", "parameters", b"parameters", "state", b"state", "stepped", b"stepped"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "body", b"body", "done", b"done", "evaluate", b"evaluate", "failure", b"failure", "parameters", b"parameters", "shared", b"shared", "state", b"state", "stepped", b"stepped"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "body", b"body", "done", b"done", "evaluate", b"evaluate", "failure", b"failure", "offset", b"offset", "parameters", b"parameters", "payload", b"payload", "request", b"request", "state", b"state", "stepped", b"stepped", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "body", b"body", "done", b"done", "evaluate", b"evaluate", "failure", b"failure", "offset", b"offset", "parameters", b"parameters", "payload", b"payload", "request", b"request", "shared", b"shared", "state", b"state", "stepped", b"stepped", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["attached", "stepped", "evaluate", "parameters", "state", "done", "failure"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["attached", "stepped", "evaluate", "parameters", "state", "done", "failure", "shared"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -596,6 +608,7 @@ class Contribution(_message.Message):
     OMIT_PARAMETERS_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
     ACCUMULATED_FIELD_NUMBER: _builtins.int
+    SHARED_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The session's epoch."""
     sequence: _builtins.int
@@ -614,6 +627,10 @@ class Contribution(_message.Message):
     """The incarnation that the version belongs to."""
     accumulated: _builtins.int
     """How many Accumulates of this worker belong to the contribution, so that none is missing unnoticed."""
+    shared: _builtins.bool
+    """The gradients lie in the session's shared memory, each at its place among dense ones, and only the edited parameters are
+    among the bytes; the forms say no more than which are absent. The parameters are to be left in shared memory too.
+    """
     @_builtins.property
     def forms(self) -> _containers.RepeatedCompositeFieldContainer[Global___GradientForm]:
         """The exceptions among the gradients."""
@@ -641,10 +658,11 @@ class Contribution(_message.Message):
         omit_parameters: _builtins.bool = ...,
         incarnation: _builtins.int = ...,
         accumulated: _builtins.int = ...,
+        shared: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abstain", b"abstain", "accumulated", b"accumulated", "closure", b"closure", "edited_parameters", b"edited_parameters", "edits", b"edits", "epoch", b"epoch", "forms", b"forms", "incarnation", b"incarnation", "num_samples", b"num_samples", "omit_parameters", b"omit_parameters", "sequence", b"sequence", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abstain", b"abstain", "accumulated", b"accumulated", "closure", b"closure", "edited_parameters", b"edited_parameters", "edits", b"edits", "epoch", b"epoch", "forms", b"forms", "incarnation", b"incarnation", "num_samples", b"num_samples", "omit_parameters", b"omit_parameters", "sequence", b"sequence", "shared", b"shared", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -659,10 +677,13 @@ class Accumulate(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
     FORMS_FIELD_NUMBER: _builtins.int
+    SHARED_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The session's epoch."""
     sequence: _builtins.int
     """Number of the act for this client object; shares the sequence of contributions."""
+    shared: _builtins.bool
+    """The gradients lie in shared memory: as for Contribution."""
     @_builtins.property
     def forms(self) -> _containers.RepeatedCompositeFieldContainer[Global___GradientForm]:
         """The exceptions among the gradients."""
@@ -673,10 +694,11 @@ class Accumulate(_message.Message):
         epoch: _builtins.int = ...,
         sequence: _builtins.int = ...,
         forms: _abc.Iterable[Global___GradientForm] | None = ...,
+        shared: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "forms", b"forms", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "forms", b"forms", "sequence", b"sequence", "shared", b"shared"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -694,6 +716,7 @@ class Evaluation(_message.Message):
     LOSS_FIELD_NUMBER: _builtins.int
     FORMS_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    SHARED_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The session's epoch."""
     sequence: _builtins.int
@@ -702,6 +725,8 @@ class Evaluation(_message.Message):
     """Which evaluation of the round, from 0."""
     error: _builtins.str
     """Set when the closure raised: the step is rolled back."""
+    shared: _builtins.bool
+    """The gradients lie in shared memory: as for Contribution."""
     @_builtins.property
     def loss(self) -> _common_pb2.Value:
         """What the closure returned, as a tensor or number."""
@@ -719,10 +744,11 @@ class Evaluation(_message.Message):
         loss: _common_pb2.Value | None = ...,
         forms: _abc.Iterable[Global___GradientForm] | None = ...,
         error: _builtins.str = ...,
+        shared: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["loss", b"loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "error", b"error", "forms", b"forms", "loss", b"loss", "number", b"number", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "error", b"error", "forms", b"forms", "loss", b"loss", "number", b"number", "sequence", b"sequence", "shared", b"shared"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -757,16 +783,20 @@ class Pull(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     AVERAGE_FIELD_NUMBER: _builtins.int
+    SHARED_FIELD_NUMBER: _builtins.int
     average: _builtins.str
     """Empty: the parameters themselves. "ema": their exponential moving average."""
+    shared: _builtins.bool
+    """Leave the parameters in shared memory; an average comes as bytes in any case."""
     def __init__(
         self,
         *,
         average: _builtins.str = ...,
+        shared: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["average", b"average"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["average", b"average", "shared", b"shared"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -898,6 +928,100 @@ class Leave(_message.Message):
 Global___Leave: _TypeAlias = Leave  # noqa: Y015
 
 @_typing.final
+class Share(_message.Message):
+    """Sharing memory takes two requests. The first, with nothing set, asks for it, and Shared says where it is. The second says what
+    came of it: a proof where the client has mapped the segments, or why it has not; Done answers it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROOF_FIELD_NUMBER: _builtins.int
+    DECLINED_FIELD_NUMBER: _builtins.int
+    proof: _builtins.bytes
+    """The nonce that the client wrote into the gradients' segment, 128 bytes from its beginning; empty: there is none."""
+    declined: _builtins.str
+    """Why the client will do without, in words; the server takes the gradients' segment back."""
+    def __init__(
+        self,
+        *,
+        proof: _builtins.bytes = ...,
+        declined: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["declined", b"declined", "proof", b"proof"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Share: _TypeAlias = Share  # noqa: Y015
+
+@_typing.final
+class Shared(_message.Message):
+    """Where shared memory is. A segment is a file of a page, which is its header, and the content that follows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    GRADIENTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def parameters(self) -> Global___Segment:
+        """The parameters' arena, written by the server alone. The 64-bit number 64 bytes from the segment's beginning counts its
+        changes: what was copied is whole if the number is still the one that the reply named.
+        """
+
+    @_builtins.property
+    def gradients(self) -> Global___Segment:
+        """This session's gradients, each at its place among dense ones."""
+
+    def __init__(
+        self,
+        *,
+        parameters: Global___Segment | None = ...,
+        gradients: Global___Segment | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["gradients", b"gradients", "parameters", b"parameters"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gradients", b"gradients", "parameters", b"parameters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Shared: _TypeAlias = Shared  # noqa: Y015
+
+@_typing.final
+class Segment(_message.Message):
+    """A segment of shared memory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROCESS_FIELD_NUMBER: _builtins.int
+    DESCRIPTOR_FIELD_NUMBER: _builtins.int
+    CONTENT_BYTES_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    process: _builtins.int
+    """The process that has it open."""
+    descriptor: _builtins.int
+    """The descriptor under which it is open there."""
+    content_bytes: _builtins.int
+    """Size of the content."""
+    nonce: _builtins.bytes
+    """The 16 bytes with which the segment begins."""
+    def __init__(
+        self,
+        *,
+        process: _builtins.int = ...,
+        descriptor: _builtins.int = ...,
+        content_bytes: _builtins.int = ...,
+        nonce: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_bytes", b"content_bytes", "descriptor", b"descriptor", "nonce", b"nonce", "process", b"process"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Segment: _TypeAlias = Segment  # noqa: Y015
+
+@_typing.final
 class Stepped(_message.Message):
     """What became of a contribution."""
 
@@ -943,6 +1067,7 @@ class Stepped(_message.Message):
     INCARNATION_FIELD_NUMBER: _builtins.int
     STALENESS_FIELD_NUMBER: _builtins.int
     NOTICE_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
     outcome: Global___Stepped.Outcome.ValueType
     """What became of it."""
     version: _builtins.int
@@ -957,6 +1082,8 @@ class Stepped(_message.Message):
     """Steps that were committed between the version the gradients were taken at and the one they made."""
     notice: _builtins.str
     """What else the worker should know: why a step was skipped, or that a schedule on the server has ended. Empty: nothing."""
+    changes: _builtins.int
+    """The parameters lie in shared memory, as they stand after that many changes; 0: they follow as bytes, if at all."""
     @_builtins.property
     def edits(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupEdit]:
         """Options that the optimizer itself, or another worker, changed."""
@@ -977,10 +1104,11 @@ class Stepped(_message.Message):
         incarnation: _builtins.int = ...,
         staleness: _builtins.int = ...,
         notice: _builtins.str = ...,
+        changes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["loss", b"loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["contributions", b"contributions", "edits", b"edits", "incarnation", b"incarnation", "loss", b"loss", "notice", b"notice", "outcome", b"outcome", "parameters", b"parameters", "staleness", b"staleness", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes", "contributions", b"contributions", "edits", b"edits", "incarnation", b"incarnation", "loss", b"loss", "notice", b"notice", "outcome", b"outcome", "parameters", b"parameters", "staleness", b"staleness", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -993,16 +1121,20 @@ class Evaluate(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NUMBER_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """Which evaluation of the round, from 0."""
+    changes: _builtins.int
+    """The trial parameters lie in shared memory: as for Stepped."""
     def __init__(
         self,
         *,
         number: _builtins.int = ...,
+        changes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes", "number", b"number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1016,19 +1148,23 @@ class Parameters(_message.Message):
 
     VERSION_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """The version."""
     incarnation: _builtins.int
     """Its incarnation."""
+    changes: _builtins.int
+    """The parameters lie in shared memory: as for Stepped."""
     def __init__(
         self,
         *,
         version: _builtins.int = ...,
         incarnation: _builtins.int = ...,
+        changes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes", "incarnation", b"incarnation", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -94,12 +94,12 @@ class Answers:
     def _tell(self, answer: Answer) -> None:
         act, standing = answer.act, self._standing
         self._members[act.worker].version = standing.version
-        reader = None if act.omit_parameters else self._engine.store.reader()
+        parameters = None if act.omit_parameters else self._engine.store.read(shared=act.shared)
         self.put(
             act.ticket,
             ev.StepReply(
                 answer.outcome, standing.version, standing.incarnation, answer.contributions, self._options(answer),
-                answer.loss, reader, answer.staleness, answer.notice,
+                answer.loss, parameters, answer.staleness, answer.notice,
             ),
         )  # fmt: skip
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from farstep_server.core.closures import ClosureRun, Progress, Raised, Returned, Wanted
 from farstep_server.core.events import Act, Contribution, EvaluateReply, Evaluation, Refusal, Replies, Ticket
-from farstep_server.core.gradients import Gradients, materialize, reduce_gradients, reduce_losses
+from farstep_server.core.gradients import materialize, reduce_losses
 from farstep_server.core.options import GroupEdits, apply_edits, difference, frozen_options
 from farstep_server.core.pipeline import Pipeline
+from farstep_server.core.reduction import Part
 from farstep_wire.errors import Applied, ClosureError, FarstepError, InvalidRequestError, StepFailedError
 from farstep_wire.policy import worker_order
 
@@ -28,6 +29,7 @@ class DrivenStep:
         self._acts = list(acts)
         self.contributions = {act.worker: act for act in acts if not act.abstain}
         self._tickets: dict[str, Ticket] = {act.worker: act.ticket for act in acts}
+        self._shared = {act.worker: act.shared for act in acts}
         self._asked: set[str] = set()
         self._results: dict[str, Evaluation] = {}
         self._undo = engine.undo()
@@ -53,10 +55,10 @@ class DrivenStep:
     def enquiries(self) -> Replies:
         """Ask every participant for the evaluation that is out."""
         self._asked.update(self.contributions)
-        return [(self._tickets[worker], self._enquiry()) for worker in self.contributions]
+        return [(self._tickets[worker], self._enquiry(worker)) for worker in self.contributions]
 
-    def _enquiry(self) -> EvaluateReply:
-        return EvaluateReply(self._wanted, self._engine.store.reader())
+    def _enquiry(self, worker: str) -> EvaluateReply:
+        return EvaluateReply(self._wanted, self._engine.store.read(shared=self._shared[worker]))
 
     def asked_again(self, act: Act) -> Replies | None:
         """Answer a participant that comes back in the middle of the step; None where the act belongs to no participant."""
@@ -64,7 +66,8 @@ class DrivenStep:
         if own is None or own.sequence != act.sequence:
             return None
         self._tickets[act.worker] = act.ticket
-        return [] if act.worker in self._results else [(act.ticket, self._enquiry())]
+        self._shared[act.worker] = isinstance(act, Contribution) and act.shared
+        return [] if act.worker in self._results else [(act.ticket, self._enquiry(act.worker))]
 
     def given_up_by(self, act: Act) -> bool:
         """Whether a participant has gone on to its next act: it was interrupted, and answers no evaluation any more."""
@@ -77,7 +80,11 @@ class DrivenStep:
 
     def settled(self) -> list[Contribution]:
         """Return the acts that the finished step settles, with the tickets that wait for it now."""
-        return [replace(act, ticket=self._tickets[act.worker]) for act in self._acts if act.worker in self._tickets]
+        return [
+            replace(act, ticket=self._tickets[act.worker], shared=self._shared[act.worker])
+            for act in self._acts
+            if act.worker in self._tickets
+        ]
 
     # What they answer.
 
@@ -91,6 +98,7 @@ class DrivenStep:
                 f"evaluation {evaluation.number} where {self._wanted} is awaited", applied=Applied.NO
             )
         self._tickets[evaluation.worker] = evaluation.ticket
+        self._shared[evaluation.worker] = evaluation.shared
         self._asked.discard(evaluation.worker)
         if evaluation.error:
             raise ClosureError(
@@ -118,24 +126,18 @@ class DrivenStep:
         given = [self.contributions[worker].num_samples for worker in order]
         weights = [float(weight) for weight in given if weight is not None]
         used = weights if len(weights) == len(order) and len(order) > 1 else None
-        gradients: dict[str, Gradients] = {}
+        parts: dict[str, Part] = {}
         for result in results:
             assert result.staged is not None, "an evaluation without error has gradients"
             self._answered[result.worker] += 1
-            own = materialize(result.staged, self._engine.layout, self._engine.store.device)[0]
-            gradients[result.worker] = own
+            parts[result.worker] = self._pipeline.part(result.staged)[0]
         loss = reduce_losses([result.loss for result in results], used)
-        self._engine.set_gradients(self._reduced(gradients, used))
+        # The guard looks at the gradients where the step begins: a line search may well try a point where they overflow.
+        self._engine.set_gradients(self._pipeline.reduce(parts, used, guarded=self._wanted == 0))
         self._engine.clip_gradients(self._pipeline.settings)
         self._results.clear()
         self._engine.store.before_write()
         self._take(self._run.resume(loss))
-
-    def _reduced(self, gradients: Mapping[str, Gradients], shares: Sequence[float] | None) -> Gradients:
-        # The guard looks at the gradients where the step begins: a line search may well try a point where they overflow.
-        if self._wanted == 0:
-            return self._pipeline.reduce(gradients, shares)
-        return reduce_gradients(list(gradients.values()), shares)
 
     @property
     def evaluations(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from farstep_server.core.gradients import Staged
 from farstep_server.core.history import Round
 from farstep_server.core.options import GroupEdits
-from farstep_server.core.parameters import ParameterReader
+from farstep_server.core.parameters import Parameters, SharedArena
 from farstep_server.core.records import Description, Dump, Outcome
 from farstep_server.core.schedules import ScheduleSpec
 from farstep_wire.errors import FarstepError
@@ -55,7 +56,8 @@ class Act:
 class Contribution(Act):
     """Gradients for a round, or the word that there are none.
 
-    ``staged`` is None for an abstention and for a closure-driven step without edited parameters.
+    ``staged`` is None for an abstention and for a closure-driven step without edited parameters. ``shared``: the worker takes
+    the parameters from shared memory.
     """
 
     version: int
@@ -67,6 +69,7 @@ class Contribution(Act):
     num_samples: float | None = None
     omit_parameters: bool = False
     accumulated: int = 0
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class Evaluation:
     loss: object
     staged: Staged | None
     error: str = ""
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,15 @@ class ReadParameters:
     ticket: Ticket
     worker: str = ""
     average: str = ""
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class ShareParameters:
+    """Asks that the parameters lie in memory that workers see. ``make`` is given their size in bytes."""
+
+    ticket: Ticket
+    make: Callable[[int], SharedArena]
 
 
 @dataclass(frozen=True)
@@ -241,7 +254,7 @@ class Tick:
 Event = (
     Join | Contribution | Accumulate | LoadState | AddGroup | Evaluation | ZeroGrad | Leave | Touch | ReadParameters
     | ReadState | ReadDescription | ReadHistory | Configure | DeclareSchedule | ReadSchedule | LoadSchedule | TakeDump
-    | Restore | Stop | Tick
+    | Restore | Stop | Tick | ShareParameters
 )  # fmt: skip
 
 
@@ -272,7 +285,7 @@ class StepReply:
     contributions: int
     edits: GroupEdits
     loss: object
-    parameters: ParameterReader | None
+    parameters: Parameters | None
     staleness: int = 0
     notice: str = ""
 
@@ -282,7 +295,7 @@ class EvaluateReply:
     """Asks for an evaluation at trial parameters."""
 
     number: int
-    parameters: ParameterReader
+    parameters: Parameters
 
 
 @dataclass(frozen=True)
@@ -291,7 +304,15 @@ class ParametersReply:
 
     version: int
     incarnation: int
-    parameters: ParameterReader
+    parameters: Parameters
+
+
+@dataclass(frozen=True)
+class SharedReply:
+    """The memory where the parameters lie from now on, and the layout that they have there."""
+
+    memory: SharedArena
+    layout: Layout
 
 
 @dataclass(frozen=True)
@@ -352,7 +373,7 @@ class DumpReply:
 
 Reply = (
     JoinReply | StepReply | EvaluateReply | ParametersReply | StateReply | DoneReply | HistoryReply | SettingsReply
-    | ScheduleReply | Refusal | Description | DumpReply
+    | ScheduleReply | Refusal | Description | DumpReply | SharedReply
 )  # fmt: skip
 
 Replies = list[tuple[Ticket, Reply]]

@@ -1,21 +1,13 @@
-"""Gradients of a round: staged by each worker, reduced in worker order.
-
-The reduction is a sum in worker order followed by one division, whatever the order of arrival, so its bits depend on the
-contributions alone. One contribution is taken as it is: no copy, no division. A parameter for which some workers have no
-gradient is divided by the weight of all that contributed, since theirs is the derivative of the mean loss; where no worker
-has one, there is none.
-"""
+"""Gradients as they come: staged by each worker, and what is made of them where the owner takes them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import repeat
 
 import torch
 from torch import Tensor
 
-from farstep_wire.errors import Applied, MismatchError
 from farstep_wire.layout import GradientPlan, Layout, SparseForm
 
 Gradients = list[Tensor | None]
@@ -25,22 +17,31 @@ Gradients = list[Tensor | None]
 class Staged:
     """The bytes of one contribution in a host buffer, and the plan that says what lies where.
 
-    ``buffer`` may be longer than the plan. ``views``: the gradients in it, where they are known to be the plan's.
+    ``buffer`` may be longer than the plan. ``views``: the gradients, where they are known. ``borrowed``: the memory of the
+    worker's in which they lie, each at its place among dense ones, and not in the buffer.
     """
 
     plan: GradientPlan
     buffer: Tensor
     views: Gradients | None = None
+    borrowed: Tensor | None = None
 
 
 def materialize(staged: Staged, layout: Layout, device: torch.device) -> tuple[Gradients, dict[int, Tensor]]:
     """Return the gradients and the edited parameters as views of the staged bytes, moved to the device in one copy."""
     plan = staged.plan
-    if staged.views is not None and device.type == "cpu":
+    if staged.views is not None and device.type == "cpu" and not plan.edited:
         return list(staged.views), {}
     buffer = staged.buffer[: plan.nbytes]
     if device.type != "cpu":
         buffer = buffer.to(device, non_blocking=buffer.is_pinned())
+    edited = {index: spec.view(buffer, offset) for index, spec, offset in plan.edited}
+    if staged.views is not None and device.type == "cpu":
+        return list(staged.views), edited
+    if staged.views is not None and staged.borrowed is not None:
+        moved = staged.borrowed.to(device)
+        places = zip(layout.specs, layout.gradients.offsets, staged.views, strict=True)
+        return [None if view is None else spec.view(moved, offset) for spec, offset, view in places], edited
     gradients: Gradients = []
     for index, pieces in enumerate(plan.pieces):
         if not pieces:
@@ -52,7 +53,6 @@ def materialize(staged: Staged, layout: Layout, device: torch.device) -> tuple[G
             gradients.append(_sparse(tensors[0], tensors[1], layout.specs[index].shape, form))
         else:
             gradients.append(tensors[0])
-    edited = {index: spec.view(buffer, offset) for index, spec, offset in plan.edited}
     return gradients, edited
 
 
@@ -73,31 +73,6 @@ def check_indices(staged: Staged, layout: Layout) -> None:
             if low < 0 or high >= size:
                 wrong = low if low < 0 else high
                 raise ValueError(f"the sparse gradient of {parameter.key!r} ({parameter.spec}) has the index {wrong}")
-
-
-def reduce_gradients(contributions: Sequence[Gradients], weights: Sequence[float] | None) -> Gradients:
-    """Return the (weighted) mean of gradients in the order given. The first one's memory may be reused for it."""
-    if len(contributions) == 1:
-        return contributions[0]
-    total = float(len(contributions)) if weights is None else sum(weights)
-    reduced: Gradients = []
-    for number, per_worker in enumerate(zip(*contributions, strict=True)):
-        scaled = zip(per_worker, weights if weights is not None else repeat(None, len(per_worker)), strict=True)
-        accumulator: Tensor | None = None
-        for gradient, weight in scaled:
-            if gradient is not None:
-                accumulator = _accumulated(number, accumulator, gradient, weight)
-        reduced.append(None if accumulator is None else accumulator.div_(total))
-    return reduced
-
-
-def _accumulated(number: int, accumulator: Tensor | None, gradient: Tensor, weight: float | None) -> Tensor:
-    try:
-        return accumulate(accumulator, gradient, weight)
-    except RuntimeError as error:  # such as sparse over one dimension here and over two there
-        raise MismatchError(
-            f"the workers' gradients of parameter {number} cannot be added: {error}", applied=Applied.NO
-        ) from error
 
 
 def accumulate(accumulator: Tensor | None, gradient: Tensor, weight: float | None) -> Tensor:

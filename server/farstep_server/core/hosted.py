@@ -156,8 +156,13 @@ class HostedOptimizer:
     # Reading. In a closure-driven step the parameters are trial ones: what reads them waits for its end, or is refused where
     # the step may be waiting for the reader.
 
-    def _on_look(self, event: ev.ReadState | ev.ReadDescription | ev.ReadHistory, now: float) -> None:
+    def _on_look(
+        self, event: ev.ReadState | ev.ReadDescription | ev.ReadHistory | ev.ShareParameters, now: float
+    ) -> None:
         match event:
+            case ev.ShareParameters():
+                memory = self.engine.store.share(event.make)
+                self._reply(event.ticket, ev.SharedReply(memory, self.engine.layout))
             case ev.ReadState():
                 self._refuse_in_driven_step()
                 state = self.engine.read_state(event.indices)
@@ -174,8 +179,8 @@ class HostedOptimizer:
             return
         self._refuse_in_driven_step()
         average = ParameterReader(self.pipeline.average(event.average)) if event.average else None
-        reader = average or self.engine.store.reader()
-        self._reply(event.ticket, ev.ParametersReply(self.version, self.incarnation, reader))
+        parameters = average or self.engine.store.read(shared=event.shared)
+        self._reply(event.ticket, ev.ParametersReply(self.version, self.incarnation, parameters))
 
     def _on_take_dump(self, event: ev.TakeDump) -> None:
         if self._driving.under_way:

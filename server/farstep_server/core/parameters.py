@@ -3,13 +3,18 @@
 A reply carries the parameters of one version, but is sent while the owner may already step to the next. Readers therefore
 hold a ``ParameterReader``; before the owner writes, it calls ``before_write``, which moves readers that have not finished
 onto a copy. Where all have finished, which is the rule under Sync, nothing is copied.
+
+The arena may lie in memory that workers on the same host see. They copy from it without asking; a count of its changes tells
+them afterwards whether what they copied was whole.
 """
 
 from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 from weakref import ref
 
 import torch
@@ -59,6 +64,24 @@ class ParameterReader:
         return self._buffer is not None
 
 
+class SharedArena(Protocol):
+    """Memory that workers see: ``content``, uint8, and ``changes``, one int64."""
+
+    content: Tensor
+    changes: Tensor
+
+
+@dataclass(frozen=True)
+class InSharedMemory:
+    """The word that the parameters lie in shared memory, whole as long as it counts that many changes."""
+
+    changes: int
+
+
+Parameters = ParameterReader | InSharedMemory
+"""How a reply brings the parameters."""
+
+
 def _takes_gradients(view: Tensor) -> bool:
     # Quantized weights among a model's parameters are integers, which torch's optimizers pass over.
     return view.is_floating_point() or view.is_complex()
@@ -75,11 +98,35 @@ class ParameterStore:
         self._host = contents
         self._host_is_current = True
         self._readers: list[ref[ParameterReader]] = []
+        self.shared: SharedArena | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the arena."""
         return self.buffer.numel()
+
+    def share(self, make: Callable[[int], SharedArena]) -> SharedArena:
+        """Move the arena to shared memory, where it is not there yet; ``make`` is given its size in bytes."""
+        if self.shared is None:
+            shared = make(self.nbytes)
+            shared.content.copy_(self.host())
+            shared.changes.add_(1)
+            # Readers that have not finished keep the memory that they read, which nobody writes to any more.
+            self._readers.clear()
+            self._host = shared.content
+            if self.device.type == "cpu":
+                self.buffer = shared.content
+                for tensor, view in zip(self.tensors, self.layout.views(self.buffer), strict=True):
+                    tensor.data = view
+            self.shared = shared
+        return self.shared
+
+    def read(self, *, shared: bool) -> Parameters:
+        """Return how the parameters as they stand are read: in shared memory, where that is wanted and there is some."""
+        if not shared or self.shared is None:
+            return self.reader()
+        self.host()
+        return InSharedMemory(int(self.shared.changes))
 
     def reader(self) -> ParameterReader:
         """Return a reader of the parameters as they stand."""
@@ -103,6 +150,8 @@ class ParameterStore:
             self._host_is_current = False
 
     def _detach_readers(self) -> None:
+        if self.shared is not None:
+            self.shared.changes.add_(1)
         known = [reader() for reader in self._readers]
         unfinished = [reader for reader in known if reader is not None and reader.open]
         if unfinished:

@@ -14,10 +14,11 @@ from farstep_server.core.accumulation import Accumulators
 from farstep_server.core.averages import ExponentialAverage
 from farstep_server.core.engine import Engine
 from farstep_server.core.events import Contribution
-from farstep_server.core.gradients import Gradients, materialize, reduce_gradients
+from farstep_server.core.gradients import Gradients, Staged, materialize
 from farstep_server.core.non_finite import blame, blame_mean
 from farstep_server.core.options import GroupEdits, difference, frozen_options
 from farstep_server.core.records import Dump
+from farstep_server.core.reduction import Part, Reducer
 from farstep_server.core.rounds import weights
 from farstep_server.core.schedules import Schedules
 from farstep_wire.errors import Applied, InvalidRequestError, NonFiniteError, NotFoundError
@@ -34,6 +35,7 @@ class Pipeline:
         self.accumulated = Accumulators()
         self.schedules = Schedules(engine.optimizer)
         self._average = self._new_average()
+        self._reducer = Reducer()
 
     # Steps.
 
@@ -42,21 +44,33 @@ class Pipeline:
 
         NonFiniteError: the guard objects. StepFailedError: the optimizer raised. Nothing has changed.
         """
-        gradients: dict[str, Gradients] = {}
+        parts: dict[str, Part] = {}
         edited: dict[int, Tensor] = {}
         for act in contributors:
             assert act.staged is not None, "a contribution without closure has gradients"
-            own, changed = materialize(act.staged, self.engine.layout, self.engine.store.device)
-            gradients[act.worker] = self.accumulated.with_last(act.worker, own)
+            part, changed = self.part(act.staged)
+            if self.accumulated.count(act.worker):
+                part = Part(self.accumulated.with_last(act.worker, part.gradients))
+            parts[act.worker] = part
             edited = {**changed, **edited}
-        reduced = self.reduce(gradients, weights(contributors))
+        reduced = self.reduce(parts, weights(contributors))
         return self.engine.step(reduced, edits, edited, self.settings, lr_divisor)
 
-    def reduce(self, gradients: Mapping[str, Gradients], shares: Sequence[float] | None) -> Gradients:
-        """Return the mean of the workers' gradients, in the order given; NonFiniteError says whom the guard blames."""
-        guarded = self.settings.non_finite != "allow"
+    def part(self, staged: Staged) -> tuple[Part, dict[int, Tensor]]:
+        """Return a worker's part in a round and the parameters that were edited there."""
+        gradients, edited = materialize(staged, self.engine.layout, self.engine.store.device)
+        borrowed = staged.borrowed is not None and self.engine.store.device.type == "cpu"
+        return Part(gradients, borrowed), edited
+
+    def reduce(self, parts: Mapping[str, Part], shares: Sequence[float] | None, *, guarded: bool = True) -> Gradients:
+        """Return the mean of the workers' gradients, in the order given.
+
+        NonFiniteError: the guard, where it is to look, blames somebody.
+        """
+        guarded = guarded and self.settings.non_finite != "allow"
+        gradients = {worker: part.gradients for worker, part in parts.items()}
         blamed = blame(gradients, self.engine.layout) if guarded else ""
-        reduced = reduce_gradients(list(gradients.values()), shares)
+        reduced = self._reducer.mean(self._steppable(parts), shares, self.engine.layout)
         if guarded and not blamed and len(gradients) > 1:
             blamed = blame_mean(reduced, self.engine.layout)
         if blamed:
@@ -64,6 +78,13 @@ class Pipeline:
                 f"the gradients have an infinity or NaN, and nobody stepped. To blame: {blamed}", applied=Applied.NO
             )
         return reduced
+
+    def _steppable(self, parts: Mapping[str, Part]) -> list[Part]:
+        # What only passes through must not be clipped in the worker's memory, nor kept there by a class that nobody knows.
+        clips = self.settings.clip_grad_norm is not None or self.settings.clip_grad_value is not None
+        if len(parts) == 1 and (clips or not self.engine.entry.trusted):
+            return [Part(self._reducer.own(part, self.engine.layout)) for part in parts.values()]
+        return list(parts.values())
 
     def committed(self) -> tuple[GroupEdits, str]:
         """Follow a committed step; return the options that schedules changed, and what the workers should be told."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from farstep_server.core import events as ev
+from farstep_server.core.parameters import InSharedMemory, Parameters
 from farstep_server.core.records import Outcome
 from farstep_wire import __version__
 from farstep_wire.bundle import BundleBody
@@ -26,13 +27,13 @@ def encode_reply(request: int, reply: ev.Reply) -> tuple[pb.ServerFrame, BytesSo
     match reply:
         case ev.StepReply():
             frame.stepped.CopyFrom(_stepped(reply))
-            return frame, EMPTY if reply.parameters is None else reply.parameters
+            return frame, _parameters(frame.stepped, reply.parameters)
         case ev.EvaluateReply():
             frame.evaluate.number = reply.number
-            return frame, reply.parameters
+            return frame, _parameters(frame.evaluate, reply.parameters)
         case ev.ParametersReply():
             frame.parameters.version, frame.parameters.incarnation = reply.version, reply.incarnation
-            return frame, reply.parameters
+            return frame, _parameters(frame.parameters, reply.parameters)
         case ev.StateReply():
             body = BundleBody(reply.state, "state")
             frame.state.version, frame.state.incarnation = reply.version, reply.incarnation
@@ -45,6 +46,15 @@ def encode_reply(request: int, reply: ev.Reply) -> tuple[pb.ServerFrame, BytesSo
         case _:
             raise AssertionError(f"{type(reply).__name__} is no reply of a session")
     return frame, EMPTY
+
+
+def _parameters(message: pb.Stepped | pb.Evaluate | pb.Parameters, parameters: Parameters | None) -> BytesSource:
+    if parameters is None:
+        return EMPTY
+    if isinstance(parameters, InSharedMemory):
+        message.changes = parameters.changes
+        return EMPTY
+    return parameters
 
 
 def _stepped(reply: ev.StepReply) -> pb.Stepped:

@@ -11,6 +11,7 @@ from torch import Tensor
 from farstep_server.core import events as ev
 from farstep_server.core.gradients import Staged, check_indices
 from farstep_server.core.parameters import tensor_memory
+from farstep_server.service.sharing import Sharing
 from farstep_server.service.staging import StagingBuffers, new_buffer
 from farstep_wire.bundle import read_bundle
 from farstep_wire.convert import edited_from_proto, edits_from_proto, forms_from_proto, layout_from_proto
@@ -39,6 +40,7 @@ class Request:
     layout: Layout
     plan: GradientPlan | None = None
     views: list[Tensor | None] | None = None
+    borrowed: Staged | None = None
 
     def event(self, ticket: ev.Ticket, worker: str) -> ev.Event:
         """Return the event that the complete request stands for; ValueError or TypeError names a bad field."""
@@ -52,7 +54,7 @@ class Request:
             case "zero_grad":
                 return ev.ZeroGrad(ticket, worker, self.frame.zero_grad.epoch)
             case "pull":
-                return ev.ReadParameters(ticket, worker, self.frame.pull.average)
+                return ev.ReadParameters(ticket, worker, self.frame.pull.average, self.frame.pull.shared)
             case "get_state":
                 return ev.ReadState(ticket, edited_from_proto(self.frame.get_state.parameters, self.layout))
             case "load_state":
@@ -79,6 +81,7 @@ class Request:
             message.num_samples or None,
             message.omit_parameters,
             message.accumulated,
+            message.shared,
         )
 
     def _accumulate(self, ticket: ev.Ticket, worker: str, message: pb.Accumulate) -> ev.Accumulate:
@@ -88,8 +91,8 @@ class Request:
         return ev.Accumulate(ticket, worker, message.epoch, message.sequence, staged)
 
     def _staged(self) -> Staged | None:
-        if self.plan is None:
-            return None
+        if self.plan is None or self.borrowed is not None:
+            return self.borrowed
         staged = Staged(self.plan, self.buffer, self.views)
         check_indices(staged, self.layout)
         return staged
@@ -98,7 +101,7 @@ class Request:
         staged = self._staged()
         loss = None if message.error else from_value(message.loss, "loss")
         return ev.Evaluation(
-            ticket, worker, message.epoch, message.sequence, message.number, loss, staged, message.error
+            ticket, worker, message.epoch, message.sequence, message.number, loss, staged, message.error, message.shared
         )
 
     def _load_state(self, ticket: ev.Ticket, worker: str, message: pb.LoadState) -> ev.LoadState:
@@ -152,8 +155,9 @@ def read_layout(buffer: Tensor) -> tuple[Layout, list[dict[str, object]]]:
 class Decoder:
     """Begins requests: says where their bytes go, or refuses them before any memory is taken."""
 
-    def __init__(self, limit_bytes: int, *, pinned: bool) -> None:
+    def __init__(self, limit_bytes: int, sharing: Sharing, *, pinned: bool) -> None:
         self._limit_bytes = limit_bytes
+        self._sharing = sharing
         self._staging = StagingBuffers(limit_bytes, pinned=pinned)
 
     def begin(self, frame: pb.ClientFrame, layout: Layout) -> Request:
@@ -180,16 +184,37 @@ class Decoder:
             buffer = self._staging.take(plan.nbytes)
         incoming = Incoming(frame.total_bytes, BufferSink(tensor_memory(buffer)))
         views = self._staging.views(layout) if plan is layout.dense_plan else None
-        return Request(frame, kind, buffer, incoming, layout, plan, views)
+        request = Request(frame, kind, buffer, incoming, layout, plan, views)
+        if plan is not None and _in_shared_memory(frame, kind):
+            request.borrowed = self._borrowed(frame, kind, layout, plan, buffer)
+        return request
+
+    def _borrowed(self, frame: pb.ClientFrame, kind: str, layout: Layout, plan: GradientPlan, buffer: Tensor) -> Staged:
+        forms = forms_from_proto(getattr(frame, kind).forms, layout)
+        try:
+            return self._sharing.staged(layout, forms, plan, buffer)
+        except ValueError as error:
+            raise InvalidRequestError(f"{kind}: {error}") from None
 
     def _plan(self, frame: pb.ClientFrame, kind: str, layout: Layout) -> GradientPlan | None:
+        none = _in_shared_memory(frame, kind)
         if kind == "contribution":
             message = frame.contribution
             edited = edited_from_proto(message.edited_parameters, layout)
-            none = message.abstain or message.closure
-            return plan_gradients(layout, forms_from_proto(message.forms, layout), edited, no_gradients=none)
+            none = none or message.abstain or message.closure
+            forms = {} if none else forms_from_proto(message.forms, layout)
+            return plan_gradients(layout, forms, edited, no_gradients=none)
         if kind == "accumulate":
-            return plan_gradients(layout, forms_from_proto(frame.accumulate.forms, layout))
+            forms = {} if none else forms_from_proto(frame.accumulate.forms, layout)
+            return plan_gradients(layout, forms, no_gradients=none)
         if kind == "evaluation" and not frame.evaluation.error:
-            return plan_gradients(layout, forms_from_proto(frame.evaluation.forms, layout))
+            forms = {} if none else forms_from_proto(frame.evaluation.forms, layout)
+            return plan_gradients(layout, forms, no_gradients=none)
         return None
+
+
+def _in_shared_memory(frame: pb.ClientFrame, kind: str) -> bool:
+    """Whether a request's gradients are said to lie in shared memory."""
+    if kind == "contribution":
+        return frame.contribution.shared and not (frame.contribution.abstain or frame.contribution.closure)
+    return kind in {"accumulate", "evaluation"} and getattr(frame, kind).shared

@@ -23,6 +23,7 @@ from farstep_server.hosting.owner import Owner
 from farstep_server.logs import log_event
 from farstep_server.service.encoding import attached, encode_reply
 from farstep_server.service.requests import NO_LAYOUT, Decoder, Request, read_layout
+from farstep_server.service.sharing import Sharing
 from farstep_wire.address import check_name
 from farstep_wire.convert import policy_from_proto
 from farstep_wire.errors import (
@@ -92,7 +93,8 @@ class Session:
         self._requests = requests
         self._is_active = is_active
         self._outbox: Outbox = queue.SimpleQueue()
-        self._decoder = Decoder(directory.limit_bytes, pinned=directory.device.type == "cuda")
+        self._sharing = Sharing(directory.limit_bytes)
+        self._decoder = Decoder(directory.limit_bytes, self._sharing, pinned=directory.device.type == "cuda")
         self._creation: _Creation | None = None
         self._seat: _Seat | None = None
         self._pending: Request | None = None
@@ -133,6 +135,7 @@ class Session:
         if creation is not None:
             self._directory.release(creation.blueprint.name, creation.attach.worker)
         if first:
+            self._sharing.withdraw()
             self._directory.session_closed()
         self._outbox.put(None)
 
@@ -226,6 +229,8 @@ class Session:
             self._on_upload(request)
         elif self._seat is None:
             raise InvalidRequestError(f"{request.kind} before the session is attached")
+        elif request.kind == "share":
+            self._on_share(self._seat, request.frame.share)
         else:
             self._post(request, self._seat)
 
@@ -295,6 +300,19 @@ class Session:
         self._seat = _Seat(owner, attach.worker, reply.epoch)
         joined = pb.Attached.OUTCOME_RESUMED if reply.resumed else pb.Attached.OUTCOME_JOINED
         frame = pb.ServerFrame(request=self._number, attached=attached(reply, joined if outcome is None else outcome))
+        self._answer(frame)
+
+    def _on_share(self, seat: _Seat, share: pb.Share) -> None:
+        frame = pb.ServerFrame(request=self._number)
+        if share.declined:
+            self._sharing.withdraw()
+            log_event(_LOGGER, logging.INFO, "sharing_declined", worker=seat.worker, reason=share.declined[:500])
+            frame.done.SetInParent()
+        elif share.proof:
+            self._sharing.confirm(share.proof)
+            frame.done.SetInParent()
+        else:
+            frame.shared.CopyFrom(self._sharing.offer(seat.owner))
         self._answer(frame)
 
     def _answer(self, frame: pb.ServerFrame) -> None:

@@ -1,0 +1,71 @@
+"""Which transport a stream's gradients and parameters take, and how the one beside the stream is agreed on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from farstep.config import Remote
+from farstep.session.binding import Binding
+from farstep.transports.base import Lane
+from farstep.transports.shm import SharedMemoryLane
+from farstep_wire.address import Address
+from farstep_wire.errors import FarstepError, UnavailableError
+from farstep_wire.shared_memory import SharedMemoryError
+from farstep_wire.v1 import optimizer_pb2 as pb
+
+_LOGGER = logging.getLogger("farstep")
+_WORTHWHILE_BYTES = 256 * 1024
+"""Parameters below this size travel as fast in messages, and each segment takes two pages at least."""
+
+Exchange = Callable[[pb.ClientFrame], pb.ServerFrame]
+
+
+class Lanes:
+    """Opens the lane of each stream of one session. What keeps it from doing so is logged once."""
+
+    def __init__(self, remote: Remote, address: Address) -> None:
+        self._remote = remote
+        self._address = address
+        self._told = False
+
+    def open(self, exchange: Exchange, binding: Binding) -> Lane | None:
+        """Return the lane of a newly attached stream; None where all goes through the stream.
+
+        UnavailableError: the stream broke meanwhile.
+        """
+        if not self._wanted(binding):
+            return None
+        try:
+            return self._open_shared(exchange, binding)
+        except UnavailableError:
+            raise
+        except (SharedMemoryError, FarstepError) as error:
+            self._tell(str(error))
+            return None
+
+    def _wanted(self, binding: Binding) -> bool:
+        if self._remote.transport == "auto":
+            return self._address.is_loopback and binding.layout.arena.nbytes >= _WORTHWHILE_BYTES
+        return self._remote.transport == "shm"
+
+    def _open_shared(self, exchange: Exchange, binding: Binding) -> Lane:
+        shared = exchange(pb.ClientFrame(share=pb.Share())).shared
+        adopt = self._remote.adopt_parameters and binding.adoptable
+        try:
+            lane = SharedMemoryLane(shared, binding.tensors, binding.layout, adopt=adopt)
+        except SharedMemoryError as error:
+            exchange(pb.ClientFrame(share=pb.Share(declined=str(error))))
+            raise
+        try:
+            exchange(pb.ClientFrame(share=pb.Share(proof=lane.proof)))
+        except BaseException:
+            lane.close(settled=True)
+            raise
+        return lane
+
+    def _tell(self, reason: str) -> None:
+        if not self._told:
+            self._told = True
+            level = logging.WARNING if self._remote.transport == "shm" else logging.INFO
+            _LOGGER.log(level, "farstep: no shared memory with %s, tensors travel over gRPC: %s", self._address, reason)
