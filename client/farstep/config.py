@@ -72,14 +72,14 @@ class Remote:
         transport: how tensors travel. ``"grpc"``: in messages. ``"shm"``: through memory that worker and server share, where
             both run on one host and as one user; else in messages, and the log says why. ``"auto"``: ``"shm"`` for 256 KiB of
             parameters or more at a loopback address.
-        adopt_parameters: with shared memory, have the parameters lie in the server's own memory, so that nothing is copied
-            back. A change that is made to them on one worker then is one for the server and all workers at once. Sync only.
         timeouts: how long to wait for what.
         retry: pauses between attempts to connect.
         detect_edits: compare every parameter's bits before each step, so that edits through ``p.data`` are seen too. Without
             it only edits that torch itself records are seen (``p.copy_``, ``load_state_dict``).
         settings: what the server does around each step (clipping, non-finite guard, average); None leaves it as it is on the
             server, or as torch does it.
+        adopt_parameters: with shared memory, have the parameters lie in the server's own memory, so that nothing is copied
+            back. A change that is made to them on one worker then is one for the server and all workers at once. Sync only.
         token, tls, wire_dtype: no server of this release takes them; anything but None is a ConfigurationError.
     """
 
@@ -90,13 +90,13 @@ class Remote:
     token: str | None = field(default=None, repr=False)
     tls: object | None = None
     transport: Literal["auto", "grpc", "shm"] = "auto"
-    adopt_parameters: bool = False
     wire_dtype: object | None = None
     on_existing: OnExisting = "attach"
     timeouts: Timeouts = field(default_factory=Timeouts)
     retry: Retry = field(default_factory=Retry)
     detect_edits: bool = True
     settings: Settings | None = None
+    adopt_parameters: bool = False
 
     def __post_init__(self) -> None:
         for unserved in ("token", "tls", "wire_dtype"):

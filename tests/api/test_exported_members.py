@@ -94,7 +94,7 @@ def test_a_class_is_torchs_with_one_keyword_more(name: str) -> None:
 def test_the_handle() -> None:
     members = {name for name in vars(RemoteHandle) if not name.startswith("_")}
     assert members == {
-        "name", "address", "worker", "version", "lineage", "incarnation", "device", "traffic",
+        "name", "address", "worker", "version", "lineage", "incarnation", "device", "traffic", "transport",
         "staleness", "settings", "pull", "skip", "accumulate", "state", "describe", "history", "set", "checkpoint", "close",
     }  # fmt: skip
     assert all(inspect.getdoc(getattr(RemoteHandle, name)) for name in members)
@@ -124,7 +124,7 @@ def test_the_schedulers_are_torchs_but_for_those_that_need_a_function_or_a_metri
 def test_what_configures_a_client() -> None:
     assert _fields(farstep.Remote) == [
         "address", "name", "policy", "worker", "token", "tls", "transport", "wire_dtype", "on_existing", "timeouts",
-        "retry", "detect_edits", "settings",
+        "retry", "detect_edits", "settings", "adopt_parameters",
     ]  # fmt: skip
     assert _fields(farstep.Timeouts) == ["connect", "step", "reconnect"]
     assert _fields(farstep.Retry) == ["first", "longest"]

@@ -96,13 +96,16 @@ def crew(
     cls: str = "SGD",
     options: dict[str, Any] | None = None,
     policy: Sync | None = None,
+    **how: Any,
 ) -> Iterator[Crew]:
-    """Run that many workers of one hosted optimizer."""
+    """Run that many workers of one hosted optimizer; ``how`` goes to each worker's Remote."""
     workers = [Worker(number, make()) for number in range(count)]
 
     def attach(worker: Worker) -> None:
         timeouts = Timeouts(connect=_SECONDS, step=_SECONDS, reconnect=10)
-        remote = Remote(address, name=name, worker=worker.number, policy=policy or Sync(count), timeouts=timeouts)
+        remote = Remote(
+            address, name=name, worker=worker.number, policy=policy or Sync(count), timeouts=timeouts, **how
+        )
         worker.optimizer = getattr(optim, cls)(worker.params, remote=remote, **(options or {}))
 
     with ExitStack() as stack:

@@ -36,7 +36,7 @@ def test_a_model_of_600_parameters(server: ServerProcess, name: str) -> None:
     local, params = build(), build()
     torchs = torch.optim.AdamW(local, lr=0.01)
     with Proxy(server.address, measure=True) as proxy:
-        optimizer = optim.AdamW(params, lr=0.01, remote=Remote(proxy.address, name=name))
+        optimizer = optim.AdamW(params, lr=0.01, remote=Remote(proxy.address, name=name, transport="grpc"))
         for number in range(3):
             step(torchs, local, number)
             step(optimizer, params, number)
@@ -76,7 +76,7 @@ def test_a_tensor_of_1_gib(servers: Servers, name: str, messages: list[int]) -> 
     server = servers()
     parameter = Parameter(torch.zeros(GIB // 4))
     parameter.grad = torch.ones_like(parameter)
-    remote = Remote(server.address, name=name, timeouts=Timeouts(connect=60, step=60))
+    remote = Remote(server.address, name=name, transport="grpc", timeouts=Timeouts(connect=60, step=60))
     begun = time.monotonic()
     optimizer = optim.SGD([parameter], lr=0.5, remote=remote)
     for _ in range(2):

@@ -128,13 +128,17 @@ class _Held:
 class Proxy:
     """Listens on a loopback port and passes connections on to a server. A context manager.
 
-    ``measure``: also note the sizes of the gRPC messages that pass. ``delay_seconds``: how long a delay is.
+    ``measure``: also note the sizes of the gRPC messages that pass. ``delay_seconds``: how long a delay is. ``message_bytes``:
+    from which size on bytes are taken for a message.
     """
 
-    def __init__(self, target: str, *, measure: bool = False, delay_seconds: float = 0.05) -> None:
+    def __init__(
+        self, target: str, *, measure: bool = False, delay_seconds: float = 0.05, message_bytes: int = _MESSAGE_BYTES
+    ) -> None:
         self._target = target
         self._measure = measure
         self._delay_seconds = delay_seconds
+        self._message_bytes = message_bytes
         self._armed: list[Fault] = []
         self._lock = threading.Lock()
         self.fired: Counter[str] = Counter()
@@ -319,7 +323,7 @@ class Proxy:
             self._cut(pair)
 
     def _due(self, upward: bool, count: int) -> Fault | None:
-        if count < _MESSAGE_BYTES:
+        if count < self._message_bytes:
             return None
         with self._lock:
             if not self._armed or self._armed[0].endswith("request") is not upward:

@@ -78,6 +78,12 @@ class RemoteHandle:
         """Bytes sent and received for this optimizer since it was built, reconnects included; asks nobody."""
         return self._optimizer._farstep.traffic
 
+    @property
+    def transport(self) -> str:
+        """How tensors travel at the moment: ``"shm"`` or ``"grpc"``. State, averages and sparse gradients take gRPC always."""
+        lane = self._session.link.lane
+        return "grpc" if lane is None else lane.name
+
     def pull(self, average: str | None = None) -> int:
         """Overwrite the local parameters with the server's; return their version.
 

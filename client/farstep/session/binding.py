@@ -122,9 +122,8 @@ class Load:
         """Lay the gradients into a lane, where they can go there; return whether it is used, and the bytes of the message."""
         if self.whole is None:
             return lane is not None, self.rest
-        if lane is None or self.dense is None:
+        if lane is None or self.dense is None or not lane.put(self.dense):
             return False, self.whole()
-        lane.put(self.dense)
         return True, self.rest
 
 

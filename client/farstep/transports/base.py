@@ -73,8 +73,11 @@ class Lane(ABC):
         """The transport's name, as in ``Remote(transport=...)``."""
 
     @abstractmethod
-    def put(self, gradients: Sequence[Tensor | None]) -> None:
-        """Lay out gradients for the next request, one per parameter, dense CPU tensors with the layout's strides."""
+    def put(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Lay out gradients for the next request, one per parameter, dense CPU tensors with the layout's strides.
+
+        False: they cannot go this way just now, and go in the message.
+        """
 
     @abstractmethod
     def take(self, changes: int, sink: Sink) -> bool:

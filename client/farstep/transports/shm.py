@@ -5,7 +5,8 @@ shared segment, while it is still in the cache; none where it was accumulated th
 back: one, into the parameters' own memory; none where they are adopted.
 
 A gradient is moved to the segment only where nobody can tell: it came fresh from autograd, and nothing but the parameter
-refers to its memory, or to the memory that it is moved to. Any other is copied when the step is made.
+refers to its memory. Any other is copied when the step is made. Memory of the segment that was a gradient, and that
+somebody has kept, is not written again: while it is kept, gradients travel in messages.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from farstep_wire.shared_memory import Segment, SegmentName, SharedMemoryError, 
 from farstep_wire.v1 import optimizer_pb2 as pb
 from farstep_wire.values import memory
 
-# Python's references to a gradient that only its parameter has: the parameter's, the caller's variable, and the argument.
+# Python's references to a tensor that only a parameter or a list has: that, the caller's variable, and the argument.
 _ONLY_REFERENCES = 3
 
 
@@ -49,9 +50,9 @@ class SharedMemoryLane(Lane):
         """The transport's name."""
         return "shm"
 
-    def put(self, gradients: Sequence[Tensor | None]) -> None:
-        """Copy the gradients that do not lie in shared memory yet."""
-        self._homes.fill(gradients)
+    def put(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Copy the gradients that do not lie in shared memory yet; False where there is one whose memory somebody has kept."""
+        return self._homes.fill(gradients)
 
     def take(self, changes: int, sink: Sink) -> bool:
         """Copy the parameters, where they are not adopted; see Lane."""
@@ -81,14 +82,22 @@ def _named(segment: pb.Segment) -> SegmentName:
 
 
 class Homes:
-    """A place in shared memory for each parameter's gradient, and the hooks that move it there as autograd produces it."""
+    """A place in shared memory for each parameter's gradient, and the hooks that move it there as autograd produces it.
+
+    A home is the tensor that a parameter gets as its gradient. It is then the user's, who may keep it, or give it other memory
+    (``module.to`` does); the place stays.
+    """
 
     def __init__(self, tensors: Sequence[Tensor], layout: Layout, segment: Segment) -> None:
         self._tensors = list(tensors)
         self._strides = [spec.strides for spec in layout.specs]
-        places = zip(layout.specs, layout.gradients.offsets, strict=True)
-        self._homes = [_home(segment, spec, offset) for spec, offset in places]
-        self._pointers = [home.data_ptr() for home in self._homes]
+        spots = list(zip(layout.specs, layout.gradients.offsets, strict=True))
+        self._specs = layout.specs
+        self._places = [spec.view(segment.content, offset) for spec, offset in spots]
+        # With a storage of its own for each, so that it can be told whether anything else refers to it.
+        self._storages = [segment.tensor(torch.uint8, offset, spec.nbytes).untyped_storage() for spec, offset in spots]
+        self._homes = [_tensor_in(storage, spec) for storage, spec in zip(self._storages, self._specs, strict=True)]
+        self._pointers = [place.data_ptr() for place in self._places]
         self._hooks: list[Any] = []
         own = weakref.ref(self)
         for number, tensor in enumerate(self._tensors):
@@ -98,20 +107,40 @@ class Homes:
 
     def move_in(self, number: int) -> None:
         """Move a fresh gradient to its place, where nobody can tell."""
-        tensor, home = self._tensors[number], self._homes[number]
+        tensor = self._tensors[number]
         gradient = tensor.grad
-        if gradient is None or gradient is home or not _fits(gradient, home, self._strides[number]):
+        if (
+            gradient is None
+            or not _fits(gradient, self._specs[number])
+            or gradient.data_ptr() == self._pointers[number]
+        ):
             return
-        if sys.getrefcount(gradient) <= _ONLY_REFERENCES and _uses(gradient) == 1 and _uses(home) == 1:
+        fresh = sys.getrefcount(gradient) <= _ONLY_REFERENCES and _uses(gradient.untyped_storage()) == 1
+        if fresh and self._is_free(number):
+            if self._homes[number].data_ptr() != self._pointers[number]:
+                self._homes[number] = _tensor_in(self._storages[number], self._specs[number])
             with torch.no_grad():
-                home.copy_(gradient)
-            tensor.grad = home
+                tensor.grad = self._homes[number].copy_(gradient)
 
-    def fill(self, gradients: Sequence[Tensor | None]) -> None:
-        """Copy to their places the gradients that do not lie there yet."""
-        for gradient, home, pointer in zip(gradients, self._homes, self._pointers, strict=True):
-            if gradient is not None and gradient.data_ptr() != pointer:
-                home.copy_(gradient.detach())
+    def fill(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Copy to their places the gradients that do not lie there yet; False, with nothing done, where one is kept."""
+        coming = [
+            (number, gradient)
+            for number, gradient in enumerate(gradients)
+            if gradient is not None and gradient.data_ptr() != self._pointers[number]
+        ]
+        if not all(self._is_free(number) for number, _ in coming):
+            return False
+        for number, gradient in coming:
+            self._places[number].copy_(gradient.detach())
+        return True
+
+    def _is_free(self, number: int) -> bool:
+        """Whether nobody has kept what was a gradient in a place."""
+        home = self._homes[number]
+        inside = home.data_ptr() == self._pointers[number]
+        kept = inside and sys.getrefcount(home) > _ONLY_REFERENCES
+        return not kept and _uses(self._storages[number]) == int(inside)
 
     def leave(self, *, move_out: bool) -> None:
         """Move no more gradients; ``move_out``: those that are here get memory of their own."""
@@ -125,10 +154,8 @@ class Homes:
                     tensor.grad = gradient.detach().clone()
 
 
-def _home(segment: Segment, spec: TensorSpec, offset: int) -> Tensor:
-    # With a storage of its own and no view of another tensor, so that it can be told whether anything else refers to it.
-    flat = segment.tensor(spec.dtype, offset, spec.nbytes // spec.dtype.itemsize)
-    return torch.empty(0, dtype=spec.dtype).set_(flat.untyped_storage(), 0, spec.shape, spec.strides)
+def _tensor_in(storage: torch.UntypedStorage, spec: TensorSpec) -> Tensor:
+    return torch.empty(0, dtype=spec.dtype).set_(storage, 0, spec.shape, spec.strides)
 
 
 def _mover(homes: weakref.ref[Homes], number: int) -> Any:
@@ -140,19 +167,18 @@ def _mover(homes: weakref.ref[Homes], number: int) -> Any:
     return move
 
 
-def _fits(gradient: Tensor, home: Tensor, strides: tuple[int, ...]) -> bool:
+def _fits(gradient: Tensor, spec: TensorSpec) -> bool:
     return (
         gradient.layout is torch.strided
-        and gradient.stride() == strides
-        and gradient.dtype == home.dtype
+        and gradient.stride() == spec.strides
+        and gradient.dtype == spec.dtype
         and gradient.is_cpu
         and not (gradient.requires_grad or gradient.is_conj() or gradient.is_neg())
     )
 
 
-def _uses(tensor: Tensor) -> int:
-    """Return how many tensors refer to the memory of one."""
-    storage = tensor.untyped_storage()
+def _uses(storage: torch.UntypedStorage) -> int:
+    """Return how many tensors have a storage, which ``storage`` itself refers to once more."""
     return int(torch._C._storage_Use_Count(storage._cdata)) - 1
 
 
