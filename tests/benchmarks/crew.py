@@ -8,6 +8,8 @@ monotonic clock; the turn has taken as long as the last of them.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,10 +26,17 @@ _LEAD_SECONDS = 0.002
 
 
 class Crew:
-    """So many worker processes, ranks 0 to ``workers`` - 1."""
+    """So many worker processes, ranks 0 to ``workers`` - 1.
 
-    def __init__(self, workers: int) -> None:
+    ``restless``: its processes stand still while it is not their turn (SIGSTOP), as do those ``held``: for peers that
+    poll without a pause, and would take the processor from the others.
+    """
+
+    def __init__(self, workers: int, *, restless: bool) -> None:
         self.workers = workers
+        self.held: list[int] = []
+        """Other processes that stand still with these."""
+        self._restless = restless
         self.directory = tempfile.TemporaryDirectory(prefix="farstep-bench-")
         environment = clean_environment() | {"GLOO_SOCKET_IFNAME": "lo", "TP_SOCKET_IFNAME": "lo"}
         command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.worker"]
@@ -38,6 +47,20 @@ class Crew:
             )
             for rank in range(workers)
         ]  # fmt: skip
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._restless:
+            for pid in (*self.held, *(process.pid for process in self._processes)):
+                os.kill(pid, number)
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Have the processes run; they stand still afterwards if they are restless."""
+        self._signal(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self._signal(signal.SIGSTOP)
 
     def _all(self, **words: Any) -> list[dict[str, Any]]:
         for process in self._processes:
@@ -57,7 +80,8 @@ class Crew:
 
     def build(self, name: str, kind: str, size: Size, **options: Any) -> str:
         """Make a contender in every worker; return why it cannot be had, or nothing."""
-        replies = self._all(do="build", name=name, kind=kind, size=[size.tensors, size.elements], options=options)
+        with self.awake():
+            replies = self._all(do="build", name=name, kind=kind, size=[size.tensors, size.elements], options=options)
         refused = sorted({reply["refused"] for reply in replies if "refused" in reply})
         if refused:
             self.drop(name)
@@ -68,8 +92,9 @@ class Crew:
 
         One worker: of each step. Several: one figure, from the first to begin to the last to end, per step.
         """
-        self._all(do="prepare", name=name)
-        replies = self._all(do="run", name=name, count=count, at=time.monotonic() + _LEAD_SECONDS)
+        with self.awake():
+            self._all(do="prepare", name=name)
+            replies = self._all(do="run", name=name, count=count, at=time.monotonic() + _LEAD_SECONDS)
         if self.workers == 1:
             return [end - begin for begin, end in zip(replies[0]["begins"], replies[0]["ends"], strict=True)]
         begun, ended = min(reply["begins"][0] for reply in replies), max(reply["ends"][-1] for reply in replies)
@@ -77,10 +102,13 @@ class Crew:
 
     def drop(self, name: str) -> None:
         """Have all workers let go of a contender, where they have it."""
-        self._all(do="drop", name=name)
+        with self.awake():
+            self._all(do="drop", name=name)
 
     def end(self) -> None:
-        """End the processes."""
+        """End the processes; what stood still with them has its own owner."""
+        self.held.clear()
+        self._signal(signal.SIGCONT)
         for process in self._processes:
             assert process.stdin is not None
             assert process.stdout is not None
@@ -97,9 +125,9 @@ class Crew:
 
 
 @contextmanager
-def crew(workers: int) -> Iterator[Crew]:
+def crew(workers: int, *, restless: bool = False) -> Iterator[Crew]:
     """Run worker processes."""
-    own = Crew(workers)
+    own = Crew(workers, restless=restless)
     try:
         yield own
     finally:

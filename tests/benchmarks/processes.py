@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -143,15 +144,16 @@ def gloo_peer(store: str, elements: int) -> Iterator[None]:
 
 
 @contextmanager
-def rpc_server(workers: int, store: str) -> Iterator[None]:
-    """Run the parameter server of torch.distributed.rpc."""
+def rpc_server(workers: int, store: str) -> Iterator[int]:
+    """Run the parameter server of torch.distributed.rpc; yield its process id."""
     environment = clean_environment() | {"TP_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.rpc_peer", str(workers), store]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
     assert process.stdin is not None
     try:
-        yield
+        yield process.pid
     finally:
+        process.send_signal(signal.SIGCONT)
         process.stdin.close()
         process.terminate()
         process.wait(30)

@@ -18,7 +18,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "farstep pg": {"transport": "pg"},
     "farstep shm": {"transport": "shm"},
     "farstep shm, detect_edits=False": {"transport": "shm", "detect_edits": False},
-    "farstep shm, adopted": {"transport": "shm", "adopt": True, "detect_edits": False},
+    "farstep shm, adopted": {"transport": "shm", "adopt_parameters": True, "detect_edits": False},
 }
 
 _numbers = itertools.count()
