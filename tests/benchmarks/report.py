@@ -17,6 +17,7 @@ import torch
 from tests.benchmarks.crew import Contest
 from tests.benchmarks.sizes import QUICK
 
+_LOAD_AT_START = os.getloadavg()[0]
 _PACKAGES = ("torch", "grpcio", "protobuf", "numpy", "pyarrow", "ray")
 
 
@@ -196,10 +197,11 @@ def machine() -> list[str]:
     )
     hardware = f"{cores} cores of {_cpu_name()}, {memory:.1f} GiB of memory ({shared:.1f} GiB for /dev/shm)"
     software = f"Linux {platform.release()}, Python {platform.python_version()}, {_versions()}"
+    load = f"The load average was {_LOAD_AT_START:.1f} when it began."
     date = f"{datetime.now(UTC):%Y-%m-%d}{', QUICK: small sizes, few rounds, no figures to quote' if QUICK else ''}"
     return [
         f"{hardware}, {software}.",
-        f"{threads} Everything runs on this one machine, over loopback where there is a network. {date}.",
+        f"{threads} Everything runs on this one machine, over loopback where there is a network. {load} {date}.",
         "",
         "Each table is one run: contenders take turns, and the figures are medians. Only ratios within a table mean anything.",
     ]
