@@ -23,7 +23,7 @@ def test_peaks(report: Report, servers: Servers) -> None:
         try:
             server, worker = peaks(servers(), "large", how)
         except AssertionError as error:
-            report.refused[name] = str(error).strip().rpartition("\n")[2]
+            report.refused[name] = str(error).strip().rpartition("\n")[2].partition(": ")[2]
             continue
         section.rows.append((name, mib(server), mib(SERVER_MOST), mib(worker), mib(local + ALLOWED)))
         report.figure(
