@@ -116,6 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         configure_logging(config.log_level, config.log_format)
         for target in config.listen:
             check_free(target)
+        # Threads of a parallel region that wait by spinning take the cores from workers on the same host, and a step among
+        # busy processes then takes five times as long. OpenMP reads this once, when torch is imported.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # Only now: it imports torch, and a wrong flag should not wait for that.
         from farstep_server.app import serve
 

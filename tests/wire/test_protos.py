@@ -16,7 +16,7 @@ PLAIN = re.compile(r"^\s*(?:$|//|\}|package\b|import\b)")
 
 
 def test_there_are_protos() -> None:
-    assert [path.stem for path in PROTOS] == ["checkpoint", "common", "inspection", "optimizer", "steering"]
+    assert [path.stem for path in PROTOS] == ["checkpoint", "common", "inspection", "link", "optimizer", "steering"]
 
 
 @pytest.mark.parametrize("path", PROTOS, ids=lambda path: path.stem)

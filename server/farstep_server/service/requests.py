@@ -160,8 +160,11 @@ class Decoder:
         self._sharing = sharing
         self._staging = StagingBuffers(limit_bytes, pinned=pinned)
 
-    def begin(self, frame: pb.ClientFrame, layout: Layout) -> Request:
-        """Return the request that a frame begins; InvalidRequestError or ResourceExhaustedError where it cannot be."""
+    def begin(self, frame: pb.ClientFrame, layout: Layout, *, keep_last: bool) -> Request:
+        """Return the request that a frame begins; InvalidRequestError or ResourceExhaustedError where it cannot be.
+
+        ``keep_last``: the gradients of the last one are still read.
+        """
         kind = frame.WhichOneof("body") or ""
         try:
             plan = self._plan(frame, kind, layout)
@@ -181,7 +184,7 @@ class Decoder:
         if plan is None:
             buffer = new_buffer(frame.total_bytes, self._limit_bytes)
         else:
-            buffer = self._staging.take(plan.nbytes)
+            buffer = self._staging.take(plan.nbytes, keep_last=keep_last)
         incoming = Incoming(frame.total_bytes, BufferSink(tensor_memory(buffer)))
         views = self._staging.views(layout) if plan is layout.dense_plan else None
         request = Request(frame, kind, buffer, incoming, layout, plan, views)

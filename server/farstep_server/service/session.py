@@ -57,14 +57,16 @@ Outbox = queue.SimpleQueue[tuple[pb.ServerFrame, None] | tuple[int, ev.Reply] | 
 
 
 class SessionTicket:
-    """Puts the reply to one request into the session's outbox."""
+    """Puts the reply to one request into the session's outbox. ``waiting``: the requests whose gradients are still read."""
 
-    def __init__(self, outbox: Outbox, request: int) -> None:
+    def __init__(self, outbox: Outbox, request: int, waiting: set[int]) -> None:
         self._outbox = outbox
         self._request = request
+        self._waiting = waiting
 
     def deliver(self, reply: ev.Reply) -> None:
         """Take the answer."""
+        self._waiting.discard(self._request)
         self._outbox.put((self._request, reply))
 
 
@@ -103,6 +105,7 @@ class Session:
         self._kind = ""
         self._last_touch = 0.0
         self._awaited = 0
+        self._waiting: set[int] = set()
         self._ending = threading.Lock()
         self._ended = False
         directory.session_opened()
@@ -196,7 +199,11 @@ class Session:
     def _begin(self, frame: pb.ClientFrame) -> None:
         self._number, self._kind = frame.request, frame.WhichOneof("body") or ""
         try:
-            self._pending = self._decoder.begin(frame, self._layout())
+            if self._waiting and self._kind in _STEPS:
+                # Its gradients would come to lie where those of the one before are read.
+                raise InvalidRequestError(f"{self._kind} before request {min(self._waiting)} was answered")
+            keep_last = self._seat is not None and not self._seat.owner.hosted.engine.entry.trusted
+            self._pending = self._decoder.begin(frame, self._layout(), keep_last=keep_last)
             self._incoming = self._pending.incoming
         except FarstepError as error:
             # The rest of the refused request's bytes is on its way; it is read and dropped.
@@ -239,8 +246,12 @@ class Session:
             seconds = request.frame.heartbeat.round_trip_seconds
             seat.owner.post(ev.Touch(seat.worker, seat.epoch, seconds if 0 < seconds < math.inf else 0.0))
             return
-        ticket = SessionTicket(self._outbox, self._number)
+        ticket = SessionTicket(self._outbox, self._number, self._waiting)
         self._awaited += 1
+        if request.kind in _STEPS:
+            self._waiting.add(self._number)
+        elif request.kind == "zero_grad":
+            self._waiting.clear()
         if request.kind == "leave":
             seat.owner.post(ev.Leave(ticket, seat.worker, seat.epoch))
         else:

@@ -1,7 +1,8 @@
 """Host buffers that a session receives contributions into.
 
-Two take turns: the gradients of the step before stay readable in one while the next ones arrive in the other. A buffer is
-taken anew only when a larger one is needed. Pages cost no memory until bytes have been received into them.
+For torch's own classes, which keep no gradient beyond its step, one is enough. For others two take turns: the gradients of the
+step before stay readable in one while the next ones arrive in the other. A buffer is taken anew only when a larger one is
+needed. Pages cost no memory until bytes have been received into them.
 """
 
 from __future__ import annotations
@@ -23,9 +24,13 @@ class StagingBuffers:
         self._views: list[tuple[Layout, list[Tensor | None]] | None] = [None, None]
         self._turn = 0
 
-    def take(self, nbytes: int) -> Tensor:
-        """Return a buffer of at least that size; ResourceExhaustedError past the server's limit."""
-        self._turn ^= 1
+    def take(self, nbytes: int, *, keep_last: bool) -> Tensor:
+        """Return a buffer of at least that size; ResourceExhaustedError past the server's limit.
+
+        ``keep_last``: not the one that was taken last.
+        """
+        if keep_last:
+            self._turn ^= 1
         if self._buffers[self._turn].numel() < nbytes:
             self._buffers[self._turn] = new_buffer(nbytes, self._limit_bytes, pinned=self._pinned)
             self._views[self._turn] = None
