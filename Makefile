@@ -16,6 +16,8 @@ STUBS := proto/farstep_wire/v1
 PROTOC := PATH="$(abspath $(VENV)/bin):$$PATH" $(PY) -m grpc_tools.protoc -I proto
 
 PYTEST_ARGS ?=
+# Tests spend half of their time waiting for processes. A file's tests stay together: they share servers.
+PYTEST_JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -33,7 +35,7 @@ demo: $(DEMO_STAMP) ## Train digits: two workers, one farstep server, beside pla
 
 test: venv check-protos lint imports types ## Run every check and every test, the quick ones first
 	@echo '== tests'
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@$(PY) -m pytest -n $(PYTEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 venv: $(FULL_STAMP) ## Install farstep and all that its tests need into .venv
 

@@ -10,10 +10,12 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 
+from tests.support import comparison
 from tests.support.leaks import Holdings, left_behind
 from tests.support.servers import ServerProcess, Servers
 
@@ -36,6 +38,27 @@ def pytest_collection_finish() -> None:
     """Set aside the objects of everything imported so far, so that collecting garbage after a test is quick."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand on what was counted here, where this process runs a part of the tests for another."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["compared"] = comparison.counted()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what a process has counted that ran a part of the tests."""
+    comparison.add(getattr(node, "workeroutput", {}).get("compared", {}))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print how much was compared with local torch, class by class."""
+    if lines := comparison.table():
+        terminalreporter.section("compared with local torch, bit for bit")
+        for line in lines:
+            terminalreporter.write_line(line)
 
 
 @pytest.hookimpl(wrapper=True)

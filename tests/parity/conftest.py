@@ -1,8 +1,7 @@
-"""Real servers for all parity tests, and the table of what they compared."""
+"""Real servers for all parity tests, and the tally of what they compare."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from itertools import count
 
@@ -10,19 +9,9 @@ import pytest
 import torch
 
 from farstep import Remote
+from tests.support import comparison
 from tests.support.servers import Servers
 
-KINDS = (
-    "option sets",
-    "steps",
-    "constructor errors",
-    "step errors",
-    "refused alike",
-    "dtypes",
-    "crossings",
-    "schedulers",
-)
-_compared: dict[str, Counter[str]] = defaultdict(Counter)
 _numbers = count()
 
 
@@ -62,19 +51,6 @@ def tally() -> Callable[..., None]:
     """Count what was compared, by class and kind."""
 
     def add(name: str, kind: str, number: int = 1) -> None:
-        assert kind in KINDS
-        _compared[name][kind] += number
+        comparison.count(name, kind, number)
 
     return add
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print how much was compared with local torch, class by class."""
-    if not _compared:
-        return
-    write = terminalreporter.write_line
-    terminalreporter.section("compared with local torch, bit for bit")
-    write(f"{'class':18}" + "".join(f"{kind:>{len(kind) + 2}}" for kind in KINDS))
-    totals: Counter[str] = sum(_compared.values(), Counter())
-    for name, counts in [*sorted(_compared.items()), ("all", totals)]:
-        write(f"{name:18}" + "".join(f"{counts[kind]:>{len(kind) + 2}}" for kind in KINDS))

@@ -361,8 +361,14 @@ class HostedOptimizer:
             elif acts := self._rounds.take_ready(self.members, self.version, started=self.decisions.started, now=now):
                 self._commit(acts)
             else:
+                self._begin_reduction()
                 return
             self._answers.release()
+
+    def _begin_reduction(self) -> None:
+        leading = self._rounds.leading(self.members, self.version)
+        if len(leading) > 1 and all(isinstance(act, ev.Contribution) and not act.closure for act in leading):
+            self.pipeline.begin([act for act in leading if isinstance(act, ev.Contribution)])
 
     def _resume_deferred(self, now: float) -> None:
         """Take up what came in during a closure-driven step."""

@@ -25,6 +25,9 @@ from farstep_wire.errors import Applied, InvalidRequestError, NonFiniteError, No
 from farstep_wire.layout import Layout
 from farstep_wire.settings import Settings
 
+_WORTHWHILE_BYTES = 1024 * 1024
+"""Gradients below this size are added up in no time once the round is complete."""
+
 
 class Pipeline:
     """What is done around the steps of one engine. The owner alone calls it."""
@@ -35,7 +38,7 @@ class Pipeline:
         self.accumulated = Accumulators()
         self.schedules = Schedules(engine.optimizer)
         self._average = self._new_average()
-        self._reducer = Reducer()
+        self._reducer = Reducer(keep_last=not engine.entry.trusted)
 
     # Steps.
 
@@ -56,11 +59,21 @@ class Pipeline:
         reduced = self.reduce(parts, weights(contributors))
         return self.engine.step(reduced, edits, edited, self.settings, lr_divisor)
 
+    def begin(self, acts: Sequence[Contribution]) -> None:
+        """Begin to reduce what the first workers of a round have handed in, while it waits for the others."""
+        contributors = [act for act in acts if not act.abstain]
+        given = {act.num_samples is None for act in contributors}
+        waits = any(self.accumulated.count(act.worker) for act in contributors)
+        if len(contributors) < 2 or len(given) > 1 or waits or self.engine.store.nbytes < _WORTHWHILE_BYTES:
+            return
+        parts = [self.part(act.staged)[0] for act in contributors if act.staged is not None]
+        self._reducer.begin(parts, weights(contributors), self.engine.layout)
+
     def part(self, staged: Staged) -> tuple[Part, dict[int, Tensor]]:
         """Return a worker's part in a round and the parameters that were edited there."""
         gradients, edited = materialize(staged, self.engine.layout, self.engine.store.device)
         borrowed = staged.borrowed is not None and self.engine.store.device.type == "cpu"
-        return Part(gradients, borrowed), edited
+        return Part(gradients, borrowed, staged), edited
 
     def reduce(self, parts: Mapping[str, Part], shares: Sequence[float] | None, *, guarded: bool = True) -> Gradients:
         """Return the mean of the workers' gradients, in the order given.

@@ -7,13 +7,15 @@ by the weight of all that contributed, since theirs is the derivative of the mea
 Gradients that lie in a worker's own memory are read and never written: their sum is made in memory of the server's. Sums
 are made and divided in blocks that stay in the cache in between. Elements do not depend on their neighbours, so blocks leave
 the bits as they are. A weighted sum is made in one piece, since torch fuses multiplication and addition in full vectors alone.
+
+While a round waits for slow workers, the gradients of the first in order are added up already. That sum too lies in memory of
+the server's, and what went into it stays as it is: if one of them drops out, the sum is made anew from the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -27,81 +29,150 @@ _BLOCK_BYTES = 1024 * 1024
 
 @dataclass(frozen=True)
 class Part:
-    """One worker's gradients in a round. ``borrowed``: they lie in its own memory and must not be written."""
+    """One worker's gradients in a round.
+
+    ``borrowed``: they lie in its own memory and must not be written. ``source``: what they came in, by which they are known
+    again.
+    """
 
     gradients: Gradients
     borrowed: bool = False
+    source: object = None
+
+
+class _Memory:
+    """Memory of the server's for one gradient per parameter."""
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self.layout = layout
+        self.device = device
+        buffer = torch.empty(layout.gradients.nbytes, dtype=torch.uint8, device=device)
+        places = zip(layout.specs, layout.gradients.offsets, strict=True)
+        self.views = [spec.view(buffer, offset) for spec, offset in places]
 
 
 class Reducer:
-    """Reduces rounds of one hosted optimizer. It keeps the memory for the mean of borrowed gradients from round to round."""
+    """Reduces the rounds of one hosted optimizer. ``keep_last``: the optimizer may keep the gradients of its last step.
 
-    def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
-        self._layout: Layout | None = None
-        self._views: list[Tensor] = []
+    Memory for sums is taken when the first one is made there, and kept from round to round.
+    """
+
+    def __init__(self, *, keep_last: bool) -> None:
+        self._memories: list[_Memory | None] = [None, None] if keep_last else [None]
+        self._begun: list[tuple[object, float | None]] = []
+        self._sums: Gradients = []
+
+    def begin(self, parts: Sequence[Part], weights: Sequence[float] | None, layout: Layout) -> None:
+        """Add up what the first workers of a round have handed in, dense gradients on the CPU; the others are to follow."""
+        keys = _keys(parts, weights)
+        if len(keys) < 2 or not all(map(_can_wait, parts)):
+            return
+        done = self._done_of(keys)
+        if not done:
+            self._sums = [None] * len(layout.parameters)
+        for number in range(len(layout.parameters)):
+            terms = _terms(parts[done:], keys[done:], number)
+            if terms:
+                self._sums[number] = self._sum(
+                    self._sums[number], terms, self._memory(number, layout, terms[0][0].device)
+                )
+        self._begun = keys
 
     def mean(self, parts: Sequence[Part], weights: Sequence[float] | None, layout: Layout) -> Gradients:
         """Return the (weighted) mean in the order given. The memory of the first that is not borrowed may be used for it."""
         if len(parts) == 1:
             return parts[0].gradients
         total = float(len(parts)) if weights is None else sum(weights)
-        shares: Sequence[float | None] = list(repeat(None, len(parts))) if weights is None else weights
-        return [
-            self._one(
-                number,
-                [
-                    (gradient, part.borrowed, share)
-                    for part, share in zip(parts, shares, strict=True)
-                    if (gradient := part.gradients[number]) is not None
-                ],
-                total,
-                layout,
-            )
-            for number in range(len(layout.parameters))
-        ]
+        keys = _keys(parts, weights)
+        done = self._done_of(keys)
+        sums = self._sums if done else [None] * len(layout.parameters)
+        result = []
+        for number in range(len(layout.parameters)):
+            terms = _terms(parts[done:], keys[done:], number)
+            try:
+                result.append(self._one(number, sums[number], terms, total, layout))
+            except RuntimeError as error:  # such as sparse over one dimension here and over two there
+                raise MismatchError(
+                    f"the workers' gradients of parameter {number} cannot be added: {error}", applied=Applied.NO
+                ) from error
+        self.forget()
+        self._memories.reverse()
+        return result
 
     def own(self, part: Part, layout: Layout) -> Gradients:
         """Return gradients that may be written: a copy of borrowed ones."""
         if not part.borrowed:
             return part.gradients
-        return [
-            None if gradient is None else self._memory_of(number, gradient, layout).copy_(gradient)
+        own: Gradients = [
+            None if gradient is None else self._memory(number, layout, gradient.device).copy_(gradient)
             for number, gradient in enumerate(part.gradients)
         ]
+        self._memories.reverse()
+        return own
+
+    def forget(self) -> None:
+        """Forget the sum that was begun."""
+        self._begun, self._sums = [], []
+
+    def _done_of(self, keys: list[tuple[object, float | None]]) -> int:
+        """Return how many of a round's parts the sum holds that was begun; one that holds others is forgotten."""
+        begun = self._begun
+        alike = len(begun) <= len(keys) and all(
+            known[0] is own[0] and known[1] == own[1] for known, own in zip(begun, keys, strict=False)
+        )
+        if not alike:
+            self.forget()
+        return len(self._begun)
 
     def _one(
-        self, number: int, terms: list[tuple[Tensor, bool, float | None]], total: float, layout: Layout
+        self, number: int, begun: Tensor | None, terms: list[_Term], total: float, layout: Layout
     ) -> Tensor | None:
-        if not terms:
+        if begun is None and not terms:
             return None
-        try:
-            if any(tensor.is_sparse for tensor, _, _ in terms):
-                return _sum_with_sparse(terms).div_(total)
-            first, borrowed, share = terms[0]
-            target = self._memory_of(number, first, layout) if borrowed else first
-            if share is None:
-                tensors = [tensor for tensor, _, _ in terms]
-                return _blockwise_mean(target, tensors, total, layout.specs[number].strides)
-            torch.mul(first, share, out=target)
-            for tensor, _, other in terms[1:]:
-                target.add_(tensor, alpha=1.0 if other is None else other)
-            return target.div_(total)
-        except RuntimeError as error:  # such as sparse over one dimension here and over two there
-            raise MismatchError(
-                f"the workers' gradients of parameter {number} cannot be added: {error}", applied=Applied.NO
-            ) from error
+        if any(tensor.is_sparse for tensor, _, _ in terms):
+            if begun is not None:
+                terms = [(begun, False, None), *terms]
+            return _sum_with_sparse(terms).div_(total)
+        if begun is not None:
+            return _blockwise(begun, begun, terms, layout.specs[number].strides, total)
+        first, borrowed, _ = terms[0]
+        target = self._memory(number, layout, first.device) if borrowed else first
+        return _blockwise(target, None, terms, layout.specs[number].strides, total)
 
-    def _memory_of(self, number: int, like: Tensor, layout: Layout) -> Tensor:
-        if layout is not self._layout or like.device != self._memory.device:
-            self._memory = torch.empty(layout.gradients.nbytes, dtype=torch.uint8, device=like.device)
-            offsets = layout.gradients.offsets
-            self._views = [spec.view(self._memory, at) for spec, at in zip(layout.specs, offsets, strict=True)]
-            self._layout = layout
-        return self._views[number]
+    def _sum(self, begun: Tensor | None, terms: list[_Term], target: Tensor) -> Tensor:
+        return _blockwise(target, begun, terms, target.stride(), None)
+
+    def _memory(self, number: int, layout: Layout, device: torch.device) -> Tensor:
+        memory = self._memories[0]
+        if memory is None or memory.layout is not layout or memory.device != device:
+            memory = self._memories[0] = _Memory(layout, device)
+        return memory.views[number]
 
 
-def _sum_with_sparse(terms: list[tuple[Tensor, bool, float | None]]) -> Tensor:
+_Term = tuple[Tensor, bool, float | None]
+"""A gradient, whether it is borrowed, and its weight, None where all count alike."""
+
+
+def _keys(parts: Sequence[Part], weights: Sequence[float] | None) -> list[tuple[object, float | None]]:
+    shares: Sequence[float | None] = [None] * len(parts) if weights is None else weights
+    return [(part if part.source is None else part.source, share) for part, share in zip(parts, shares, strict=True)]
+
+
+def _terms(parts: Sequence[Part], keys: Sequence[tuple[object, float | None]], number: int) -> list[_Term]:
+    return [
+        (gradient, part.borrowed, share)
+        for part, (_, share) in zip(parts, keys, strict=True)
+        if (gradient := part.gradients[number]) is not None
+    ]
+
+
+def _can_wait(part: Part) -> bool:
+    return part.source is not None and all(
+        gradient is None or (gradient.layout is torch.strided and gradient.is_cpu) for gradient in part.gradients
+    )
+
+
+def _sum_with_sparse(terms: list[_Term]) -> Tensor:
     accumulator: Tensor | None = None
     for tensor, borrowed, share in terms:
         accumulator = accumulate(accumulator, tensor.clone() if borrowed else tensor, share)
@@ -109,26 +180,42 @@ def _sum_with_sparse(terms: list[tuple[Tensor, bool, float | None]]) -> Tensor:
     return accumulator
 
 
-def _blockwise_mean(target: Tensor, tensors: list[Tensor], total: float, strides: tuple[int, ...]) -> Tensor:
+def _blockwise(
+    target: Tensor, begun: Tensor | None, terms: list[_Term], strides: tuple[int, ...], total: float | None
+) -> Tensor:
+    """Make the sum of what was begun and of terms in ``target``, divided by ``total`` where there is one."""
+    tensors = [tensor for tensor, _, _ in terms]
+    plain = all(share is None for _, _, share in terms)
     alike = all(tensor.stride() == strides for tensor in (target, *tensors))
-    if target.is_cpu and target.nbytes > _BLOCK_BYTES and alike:
+    if plain and alike and target.is_cpu and target.nbytes > _BLOCK_BYTES:
         size = _BLOCK_BYTES // target.element_size()
-        blocks = [torch.split(_flat(tensor), size) for tensor in (target, *tensors)]
-        for block, *own in zip(*blocks, strict=True):
-            _mean_into(block, own, total)
+        targets = torch.split(_flat(target), size)
+        blocks = [torch.split(_flat(tensor), size) for tensor in tensors]
+        for index, block in enumerate(targets):
+            own: list[_Term] = [(pieces[index], False, None) for pieces in blocks]
+            _into(block, None if begun is None else block, own, total)
     else:
-        _mean_into(target, tensors, total)
+        _into(target, begun, terms, total)
     return target
 
 
-def _mean_into(target: Tensor, tensors: list[Tensor], total: float) -> None:
-    if len(tensors) == 1:
-        torch.div(tensors[0], total, out=target)
-        return
-    torch.add(tensors[0], tensors[1], out=target)
-    for tensor in tensors[2:]:
-        target.add_(tensor)
-    target.div_(total)
+def _into(target: Tensor, begun: Tensor | None, terms: list[_Term], total: float | None) -> None:
+    if begun is None:
+        (first, _, share), *terms = terms
+        if share is not None:
+            torch.mul(first, share, out=target)
+        elif terms:
+            torch.add(first, terms[0][0], out=target)
+            del terms[0]
+        elif target is not first:
+            target.copy_(first)
+    for tensor, _, share in terms:
+        if share is None:
+            target.add_(tensor)
+        else:
+            target.add_(tensor, alpha=share)
+    if total is not None:
+        target.div_(total)
 
 
 def _flat(tensor: Tensor) -> Tensor:

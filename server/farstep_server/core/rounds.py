@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from datetime import timedelta
+from itertools import takewhile
 
 from farstep_server.core.events import Act, Contribution
 from farstep_server.core.history import RoundKind
@@ -61,6 +62,11 @@ class Rounds(ABC):
         ``started``: whether anything was committed yet.
         """
 
+    def leading(self, members: Membership, version: int) -> list[Act]:
+        """Return the acts of the first live workers in order, up to the first that is still missing from the round."""
+        del members, version
+        return []
+
     @property
     def gathering(self) -> bool:
         """Whether a round is under way, so that a worker who joins now is expected in the next one only."""
@@ -107,6 +113,12 @@ class SyncRounds(Rounds):
         if not self._acts:
             return []
         return self.take_all() if self._ready(members.live(), version, started=started, now=now) else []
+
+    def leading(self, members: Membership, version: int) -> list[Act]:
+        """Return the acts of the first live workers in order, up to the first that is still missing."""
+        expected = {record.worker for record in members.live() if record.first_round <= version} | self._acts.keys()
+        order = sorted(expected, key=worker_order)
+        return [self._acts[worker] for worker in takewhile(self._acts.__contains__, order)]
 
     def _ready(self, live: Sequence[WorkerRecord], version: int, *, started: bool, now: float) -> bool:
         if not started and len(live) < self._policy.workers:
