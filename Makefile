@@ -35,7 +35,7 @@ demo: $(DEMO_STAMP) ## Train digits: two workers, one farstep server, beside pla
 
 test: venv check-protos lint imports types ## Run every check and every test, the quick ones first
 	@echo '== tests'
-	@$(PY) -m pytest -n $(PYTEST_JOBS) --dist loadfile $(PYTEST_ARGS)
+	@$(PY) -m pytest -n $(PYTEST_JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 venv: $(FULL_STAMP) ## Install farstep and all that its tests need into .venv
 

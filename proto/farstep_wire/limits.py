@@ -9,8 +9,11 @@ OLDEST_PROTOCOL = 1
 MESSAGE_BYTES = 4 * 1024 * 1024
 """gRPC's own limit on a message, which farstep keeps."""
 
-CHUNK_BYTES = 2 * 1024 * 1024 - 4096
-"""Payload of one frame at most. The whole frame, with the header that gRPC and protobuf add, stays within 2 MiB."""
+CHUNK_BYTES = 1024 * 1024 - 4096
+"""Payload of one frame at most. The whole frame, with the header that gRPC and protobuf add, stays within 1 MiB.
+
+Measured for 102 MB there and back: frames of 2 MiB are no faster, and cost both sides some 15 MiB more of buffers.
+"""
 
 INLINE_TENSOR_BYTES = 64 * 1024
 """A tensor among hyperparameters may be no larger than this."""

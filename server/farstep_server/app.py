@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import grpc
 import torch
@@ -191,10 +192,10 @@ def load_optimizer(registry: Registry, text: str) -> None:
         raise ConfigurationError(f"optimizer {text!r} cannot be registered: {error}") from error
 
 
-def serve(config: ServerConfig) -> int:
-    """Run a server until SIGTERM, SIGINT, or the end of stdin where so configured; return the exit code.
+def serve(config: ServerConfig) -> NoReturn:
+    """Run a server until SIGTERM, SIGINT, or the end of stdin where so configured; then end the process.
 
-    0: it drained. EXIT_SYSTEM: it did, but could not save all that it hosted.
+    Its exit code is 0 where all was saved that is hosted, else EXIT_SYSTEM. OSError: it cannot serve.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -212,7 +213,9 @@ def serve(config: ServerConfig) -> int:
     drained = app.drain(wait_for_workers=config.exit_with_parent)
     if config.exit_with_parent:
         _remove_own_directories(config.listen)
-    return 0 if drained else EXIT_SYSTEM
+    logging.shutdown()
+    # Not by way of the interpreter's end: sessions' threads that come back from native code then would abort the process.
+    os._exit(0 if drained else EXIT_SYSTEM)
 
 
 def _remove_own_directories(addresses: tuple[str, ...]) -> None:

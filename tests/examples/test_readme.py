@@ -58,5 +58,9 @@ def test_local_sgd(readme_server: ServerProcess) -> None:
     assert re.fullmatch(r"3 Traffic\(sent=\d+, received=\d+\)\n", _run(BLOCKS[4], readme_server))
 
 
+def test_shared_memory(readme_server: ServerProcess) -> None:
+    assert _run(BLOCKS[5], readme_server) == "shm\n"
+
+
 def test_there_are_no_other_blocks() -> None:
-    assert len(BLOCKS) == README.count("```python") == 5
+    assert len(BLOCKS) == README.count("```python") == 6
