@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from farstep import Async, Remote, Sync, Timeouts, errors, optim
+from farstep import Async, Remote, Settings, Sync, Timeouts, errors, optim
 from farstep.transports import shm
 from farstep_wire.shared_memory import OwnSegment, SegmentName, SharedMemoryError, open_segment
 from farstep_wire.v1 import common_pb2 as cpb
@@ -152,6 +152,48 @@ def test_adopted_parameters_are_the_servers_own(server: ServerProcess, name: str
     params[0][1].data.zero_()
     assert not params[1][1].eq(0.0).all(), "and are each one's own again"
     assert [[id(parameter) for parameter in own] for own in params] == identities
+
+
+def test_an_average_does_not_take_the_place_of_adopted_parameters(server: ServerProcess, name: str) -> None:
+    params = _parameters()
+    how = {"transport": "shm", "adopt_parameters": True, "settings": Settings(ema_decay=0.5)}
+    own = optim.SGD(params, lr=0.1, remote=_remote(server, name, **how))
+    for number in range(2):
+        own.zero_grad()
+        _backward(params, number)
+        own.step()
+    kept = [parameter.clone() for parameter in params]
+    with pytest.raises(errors.ConfigurationError, match=r"the server's own .*the average 'ema'"):
+        own.remote.pull(average="ema")
+    own.remote.pull()
+    twins.assert_same_parameters(params, kept, "untouched")
+    own.remote.close()
+
+
+def test_a_closure_that_raises_leaves_adopted_parameters_as_they_were(server: ServerProcess, name: str) -> None:
+    params = _parameters()
+    kept = [parameter.clone() for parameter in params]
+    how = {"transport": "shm", "adopt_parameters": True}
+    own = optim.LBFGS(params, lr=0.1, max_iter=4, remote=_remote(server, name, **how))
+    calls = []
+
+    def closure() -> Tensor:
+        calls.append(len(calls))
+        if len(calls) == 3:
+            raise RuntimeError("the third time")
+        own.zero_grad()
+        loss = torch.stack([(parameter**2).sum() for parameter in params]).sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match="the third time"):
+        own.step(closure)
+    twins.assert_same_parameters(params, kept, "rolled back")
+    own.step(closure)
+    assert own.remote.version == 1
+    lengths = [sum(float(parameter.detach().square().sum()) for parameter in own) for own in (params, kept)]
+    assert lengths[0] < lengths[1]
+    own.remote.close()
 
 
 # Copies are whole.

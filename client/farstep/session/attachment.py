@@ -171,7 +171,7 @@ class Attachment:
 
     def _sink_for(self, frame: pb.ServerFrame) -> Sink:
         kind = frame.WhichOneof("body")
-        if kind in {"stepped", "evaluate", "parameters"} and frame.total_bytes:
+        if kind in {"stepped", "evaluate", "parameters"} and frame.total_bytes and not self._adopts:
             return self.binding.sink()
         return NullSink()
 
@@ -202,10 +202,15 @@ class Attachment:
             self.link.lane.adopt()
             self.binding.adopted = self.link.lane.adopted
 
+    @property
+    def _adopts(self) -> bool:
+        """Whether the parameters lie in the server's memory, where nothing must be written that is not meant for all."""
+        lane = None if self._link is None else self._link.lane
+        return lane is not None and lane.adopted
+
     def _check_whole(self) -> None:
         """Pull parameters that are a mixture of versions, or that were adopted from a server that has gone since."""
-        gone = self.binding.adopted and not (self.link.lane is not None and self.link.lane.adopted)
-        if self._torn or gone:
+        if self._torn or (self.binding.adopted and not self._adopts):
             self.binding.adopted = False
             self._pull()
 

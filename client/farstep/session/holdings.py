@@ -30,6 +30,11 @@ class Holdings(Attachment):
         if average is None:
             self._pull()
             return self.link.standing.version
+        if self._adopts:
+            raise ConfigurationError(
+                f"the parameters here are the server's own (adopt_parameters=True), and the average {average!r} would take "
+                f"their place for all workers: pull it with an optimizer that does not adopt them"
+            )
         parameters = call_pull(self.link, self._sink_for, average)
         self.binding.received()
         self._holds_average = True

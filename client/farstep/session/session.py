@@ -121,14 +121,20 @@ class Session(Holdings):
         except BaseException as error:
             # The parameters hold the last trial. A server that has refused the step has those to go on from.
             if not (isinstance(error, RefusedError) and self._pulled()):
-                self.binding.restore(before, edited)
-                self._torn = False
+                self._give_back(before, edited)
             if isinstance(error, FarstepError) and evaluations.error is not None:
                 raise evaluations.error from None
             raise
         finally:
             self._driving = False
         return replace(result, loss=evaluations.same_as_first(result.loss))
+
+    def _give_back(self, before: Sequence[Tensor], edited: Sequence[int]) -> None:
+        if self._adopts:
+            self._torn = True  # those are the server's to give back
+        else:
+            self.binding.restore(before, edited)
+            self._torn = False
 
     def _pulled(self) -> bool:
         try:

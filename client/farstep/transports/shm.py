@@ -90,7 +90,6 @@ class Homes:
 
     def __init__(self, tensors: Sequence[Tensor], layout: Layout, segment: Segment) -> None:
         self._tensors = list(tensors)
-        self._strides = [spec.strides for spec in layout.specs]
         spots = list(zip(layout.specs, layout.gradients.offsets, strict=True))
         self._specs = layout.specs
         self._places = [spec.view(segment.content, offset) for spec, offset in spots]
