@@ -7,6 +7,7 @@ own after ``zero_grad()``, or wherever a peer's users have them arrive. ``step``
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import queue
 from collections.abc import Callable
@@ -63,8 +64,9 @@ def parameters(size: Size) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(torch.randn(size.elements)) for _ in range(size.tensors)]
 
 
+@functools.lru_cache(maxsize=1)
 def gradients(size: Size) -> list[Tensor]:
-    """Return gradients, each in memory of its own."""
+    """Return gradients, each in memory of its own; nobody writes to them."""
     return [torch.randn(size.elements) for _ in range(size.tensors)]
 
 
