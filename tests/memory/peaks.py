@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +34,34 @@ parameters = [torch.nn.Parameter(torch.zeros(elements)) for _ in range(tensors)]
 # Without memory of their own: autograd makes the gradients, as it does at the end of any backward pass.
 arriving = [torch.tensor(1e-3).expand(elements) for _ in range(tensors)]
 optimizer = getattr(import_module(module), name)(parameters, lr=1e-3, **options)
-for _ in range(steps):
+for number in range(steps):
     optimizer.zero_grad()
     torch.autograd.backward(parameters, arriving)
     optimizer.step()
+    if number == 0:
+        print("stepped", flush=True)
+        sys.stdin.readline()
 status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
 print(sum(sign * int(status[key].split()[0]) for key, sign in (("VmHWM", 1), ("RssShmem", -1))) * 1024)
 """
 
 
-def peak(module: str, name: str, tensors: int, how: dict[str, Any] | None) -> int:
-    """Return the peak of a process that takes a few steps, in bytes.
+def peak(
+    module: str, name: str, tensors: int, how: dict[str, Any] | None, after_first: Callable[[], None] = lambda: None
+) -> int:
+    """Return the peak of a process that takes a few steps, in bytes; after the first it waits for ``after_first``.
 
     Shared memory is left out: the server maps it too, and it counts there.
     """
     orders = json.dumps([module, name, tensors, ELEMENTS, STEPS, how])
-    command = [sys.executable, "-c", _WORKER, orders]
-    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, check=False, timeout=100)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", _WORKER, orders], env=clean_environment(), text=True, **pipes) as own:
+        assert own.stdout is not None
+        if own.stdout.readline():
+            after_first()
+        out, err = own.communicate("\n", timeout=100)
+    assert own.returncode == 0, err
+    return int(out)
 
 
 def server_peak(server: ServerProcess) -> int:
@@ -60,16 +71,37 @@ def server_peak(server: ServerProcess) -> int:
     return int(status["VmHWM"].split()[0]) * 1024
 
 
-def peaks(server: ServerProcess, name: str, how: dict[str, Any]) -> tuple[int, int]:
-    """Return what a server of nothing else takes for an Adam of 102 MB at its peak, and the peak of the one worker.
+def forget_peak(server: ServerProcess) -> None:
+    """Have the server's peak begin anew with what it holds now."""
+    Path(f"/proc/{server.pid}/clear_refs").write_text("5")
 
-    What a process needs anyway (Python, torch, gRPC) is left out of the server's: what it has taken before the model came, and
-    after a small one had been hosted.
+
+@dataclass(frozen=True)
+class Peaks:
+    """In bytes, for an Adam of 102 MB with one worker.
+
+    The server's are what it takes beyond what a process needs anyway (Python, torch, gRPC): beyond its peak before the model
+    came, and after a small one had been hosted. The first step of a kind is guarded by a copy of all that it may change.
     """
-    peak("farstep.optim", "Adam", 1, {**how, "address": server.address, "name": f"{name}-small"})
-    before = server_peak(server)
-    worker = peak("farstep.optim", "Adam", TENSORS, {**how, "address": server.address, "name": name})
-    return server_peak(server) - before, worker
+
+    server_first: int
+    server_later: int
+    worker: int
+
+
+def peaks(server: ServerProcess, how: dict[str, Any]) -> Peaks:
+    """Return the peaks of a server of nothing else and of its worker; ``how``: keywords of Remote."""
+    how = {**how, "address": server.address}
+    peak("farstep.optim", "Adam", 1, {**how, "name": "small"})
+    idle = server_peak(server)
+    first = []
+
+    def after_first() -> None:
+        first.append(server_peak(server) - idle)
+        forget_peak(server)
+
+    worker = peak("farstep.optim", "Adam", TENSORS, {**how, "name": "large"}, after_first)
+    return Peaks(first[0], server_peak(server) - idle, worker)
 
 
 def mib(count: float) -> str:

@@ -1,11 +1,11 @@
-"""A worker holds no optimizer state and no second copy of anything: its peak is that of a local step without state."""
+"""Peak memory: a worker's is that of a local step without state; the server's is that of what it hosts and receives."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.memory.peaks import ALLOWED, TENSORS, mib, peak
-from tests.support.servers import ServerProcess
+from tests.memory.peaks import ALLOWED, MODEL, SERVER_MOST, TENSORS, mib, peak, peaks
+from tests.support.servers import Servers
 
 
 @pytest.fixture(scope="module")
@@ -15,8 +15,7 @@ def local() -> int:
 
 
 @pytest.mark.parametrize("transport", ["grpc", "shm"])
-def test_a_worker_takes_what_a_stateless_local_step_takes(
-    server: ServerProcess, name: str, local: int, transport: str
-) -> None:
-    own = peak("farstep.optim", "Adam", TENSORS, {"address": server.address, "transport": transport, "name": name})
-    assert own <= local + ALLOWED, f"a worker of Adam takes {mib(own)}, local SGD {mib(local)}"
+def test_a_step_takes_what_it_must_on_both_sides(servers: Servers, local: int, transport: str) -> None:
+    found = peaks(servers(), {"transport": transport})
+    assert found.server_later <= SERVER_MOST, f"the server of an Adam of {mib(MODEL)} takes {mib(found.server_later)}"
+    assert found.worker <= local + ALLOWED, f"a worker of Adam takes {mib(found.worker)}, local SGD {mib(local)}"
