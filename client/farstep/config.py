@@ -71,7 +71,7 @@ class Remote:
             ``"replace"`` starts anew.
         transport: how tensors travel. ``"grpc"``: in messages. ``"shm"``: through memory that worker and server share, where
             both run on one host and as one user; else in messages, and the log says why. ``"auto"``: ``"shm"`` for 256 KiB of
-            parameters or more at a loopback address.
+            parameters or more where the server itself listens at the loopback address, with no tunnel or proxy in between.
         timeouts: how long to wait for what.
         retry: pauses between attempts to connect.
         detect_edits: compare every parameter's bits before each step, so that edits through ``p.data`` are seen too. Without

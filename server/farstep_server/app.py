@@ -111,7 +111,7 @@ class App:
         if self.snapshots is not None:
             # Before anyone can connect: a client that comes back must find what it left.
             self._restore(self.snapshots)
-        addresses = [self._listen(address) for address in self._config.listen]
+        addresses = self.directory.listening = [self._listen(address) for address in self._config.listen]
         self._server.start()
         self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         if self.snapshots is not None:

@@ -24,6 +24,7 @@ from farstep_wire.v1 import common_pb2 as cpb
 from farstep_wire.v1 import optimizer_pb2 as pb
 from tests.parity import twins
 from tests.support.nursery import Nursery
+from tests.support.proxy import Proxy
 from tests.support.raw import RawSession, attach_message, flat_layout, layout_bytes
 from tests.support.servers import ServerProcess, Servers
 from tests.transports import killed
@@ -71,6 +72,16 @@ def test_on_one_host_it_is_used_unasked(server: ServerProcess, name: str) -> Non
     assert total < moved.sent < total + 2000, "the first parameters travel in messages, and nothing else"
     assert moved.received < 2000
     own.remote.close()
+
+
+def test_a_proxy_in_between_carries_the_tensors(server: ServerProcess, name: str) -> None:
+    with Proxy(server.address) as proxy:
+        own = optim.SGD(_parameters(), lr=0.1, remote=Remote(proxy.address, name=name))
+        assert own.remote.transport == "grpc"
+        own.remote.close()
+        own = optim.SGD(_parameters(), lr=0.1, remote=Remote(proxy.address, name=f"{name}-asked", transport="shm"))
+        assert own.remote.transport == "shm"
+        own.remote.close()
 
 
 def test_small_models_do_without(server: ServerProcess, name: str) -> None:

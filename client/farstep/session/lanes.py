@@ -50,7 +50,9 @@ class Lanes:
         return self._remote.transport == "shm"
 
     def _open_shared(self, exchange: Exchange, binding: Binding) -> Lane:
-        shared = exchange(pb.ClientFrame(share=pb.Share())).shared
+        # Who connects by way of a tunnel or a proxy wants it to carry the tensors, unless they say otherwise.
+        directly_at = self._address.target if self._remote.transport == "auto" else ""
+        shared = exchange(pb.ClientFrame(share=pb.Share(directly_at=directly_at))).shared
         adopt = self._remote.adopt_parameters and binding.adoptable
         try:
             lane = SharedMemoryLane(shared, binding.tensors, binding.layout, adopt=adopt)

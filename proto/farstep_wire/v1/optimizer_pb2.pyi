@@ -937,19 +937,23 @@ class Share(_message.Message):
 
     PROOF_FIELD_NUMBER: _builtins.int
     DECLINED_FIELD_NUMBER: _builtins.int
+    DIRECTLY_AT_FIELD_NUMBER: _builtins.int
     proof: _builtins.bytes
     """The nonce that the client wrote into the gradients' segment, 128 bytes from its beginning; empty: there is none."""
     declined: _builtins.str
     """Why the client will do without, in words; the server takes the gradients' segment back."""
+    directly_at: _builtins.str
+    """Where the client reaches the server, if memory is to be shared only where nothing stands between the two; else empty."""
     def __init__(
         self,
         *,
         proof: _builtins.bytes = ...,
         declined: _builtins.str = ...,
+        directly_at: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["declined", b"declined", "proof", b"proof"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["declined", b"declined", "directly_at", b"directly_at", "proof", b"proof"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

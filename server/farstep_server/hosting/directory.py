@@ -76,6 +76,8 @@ class Directory:
         self.lease_seconds = lease_seconds
         self.limit_bytes = limit_bytes
         self.draining = False
+        self.listening: list[str] = []
+        """The addresses at which the server listens, ports that were chosen included."""
         self._owners: dict[str, Owner] = {}
         self._reservations: dict[str, _Reservation] = {}
         self._withheld: dict[str, str] = {}

@@ -323,7 +323,8 @@ class Session:
             self._sharing.confirm(share.proof)
             frame.done.SetInParent()
         else:
-            frame.shared.CopyFrom(self._sharing.offer(seat.owner))
+            shared = self._sharing.offer(seat.owner, self._directory.listening, share.directly_at)
+            frame.shared.CopyFrom(shared)
         self._answer(frame)
 
     def _answer(self, frame: pb.ServerFrame) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from secrets import compare_digest
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from farstep_server.core import events as ev
 from farstep_server.core.gradients import Staged
 from farstep_server.hosting.owner import Owner
-from farstep_wire.errors import InvalidRequestError, ResourceExhaustedError
+from farstep_wire.errors import ConfigurationError, InvalidRequestError, ResourceExhaustedError
 from farstep_wire.layout import GradientForm, GradientPlan, Layout
 from farstep_wire.shared_memory import OwnSegment, SharedMemoryError
 from farstep_wire.v1 import optimizer_pb2 as pb
@@ -27,9 +27,18 @@ class Sharing:
         self._layout: Layout | None = None
         self._views: list[Tensor] = []
 
-    def offer(self, owner: Owner) -> pb.Shared:
-        """Make the segments, and say where they are; ResourceExhaustedError where there can be none."""
+    def offer(self, owner: Owner, listening: Sequence[str], directly_at: str) -> pb.Shared:
+        """Make the segments, and say where they are.
+
+        ResourceExhaustedError: there can be none. ConfigurationError: the client wants them only where it reaches this server
+        directly, and this server does not listen where it says.
+        """
         self.withdraw()
+        if directly_at and all(_place(directly_at) != _place(address) for address in listening):
+            raise ConfigurationError(
+                f"the client connects to {directly_at}, the server listens at {', '.join(listening)}: what stands between them "
+                f"is to carry the tensors"
+            )
         reply = owner.ask(lambda ticket: ev.ShareParameters(ticket, self._make), ev.SharedReply, _SHARE_SECONDS)
         assert isinstance(reply.memory, OwnSegment), "made here"
         segment = self._make(reply.layout.gradients.nbytes)
@@ -72,6 +81,11 @@ class Sharing:
             return OwnSegment(nbytes)
         except SharedMemoryError as error:
             raise ResourceExhaustedError(str(error)) from None
+
+
+def _place(address: str) -> str:
+    """Return what two addresses of one listener on this host have in common: the socket's path, or the port."""
+    return address if address.startswith("unix:") else address.rpartition(":")[2]
 
 
 def _located(segment: OwnSegment) -> pb.Segment:
