@@ -18,6 +18,7 @@ from tests.benchmarks.crew import Contest
 from tests.benchmarks.sizes import QUICK
 
 _LOAD_AT_START = os.getloadavg()[0]
+_STEADY = 1.5
 _PACKAGES = ("torch", "grpcio", "protobuf", "numpy", "pyarrow", "ray")
 
 
@@ -37,6 +38,12 @@ def quartiles(seconds: Sequence[float]) -> tuple[float, float]:
         return seconds[0], seconds[0]
     first, _, third = statistics.quantiles(seconds, n=4, method="inclusive")
     return first, third
+
+
+def unsteady(seconds: Sequence[float]) -> bool:
+    """Whether they are spread so far that something else must have been at work."""
+    first, third = quartiles(seconds)
+    return third > _STEADY * first
 
 
 def percentile(seconds: Sequence[float], fraction: float) -> float:
@@ -86,6 +93,8 @@ class Target:
     at_most: bool
     value: float | None
     reason: str = ""
+    doubtful: bool = False
+    """Something else was at work on the machine."""
 
     @property
     def met(self) -> bool | None:
@@ -99,7 +108,8 @@ class Target:
         bound = f"{'at most' if self.at_most else 'at least'} {self.limit:g}"
         if self.value is None:
             return self.number, self.text, bound, "-", f"not measured: {self.reason}"
-        return self.number, self.text, bound, f"{self.value:.2f}", "met" if self.met else "MISSED"
+        verdict = ("met" if self.met else "MISSED") + (", but unsteady" if self.doubtful else "")
+        return self.number, self.text, bound, f"{self.value:.2f}", verdict
 
 
 @dataclass
@@ -142,11 +152,13 @@ class Report:
     ) -> None:
         """Add a target: the median of ``over`` by the sum of the medians of ``under``, which are contenders' names."""
         missing = [name for name in (over, *under) if not contest.seconds.get(name)]
-        value = None
+        value, doubtful = None, False
         if not missing:
             medians = {name: statistics.median(contest.seconds[name]) for name in (over, *under)}
             value = medians[over] / sum(medians[name] for name in under)
-        self.targets.append(Target(number, text, limit, at_most, value, "no " + ", ".join(missing) if missing else ""))
+            doubtful = any(unsteady(contest.seconds[name]) for name in medians)
+        reason = "no " + ", ".join(missing) if missing else ""
+        self.targets.append(Target(number, text, limit, at_most, value, reason, doubtful))
 
     def figure(self, number: str, text: str, value: float, limit: float, *, at_most: bool = True) -> None:
         """Add a target whose ratio is known."""
@@ -204,4 +216,5 @@ def machine() -> list[str]:
         f"{threads} Everything runs on this one machine, over loopback where there is a network. {load} {date}.",
         "",
         "Each table is one run: contenders take turns, and the figures are medians. Only ratios within a table mean anything.",
+        f"Unsteady is what has its third quartile beyond {_STEADY:g} times the first: something else was at work.",
     ]
