@@ -85,7 +85,8 @@ def test_too_few_wait_past_the_timeout(server: ServerProcess, name: str) -> None
         for future in [worker.do(take, 0) for worker in workers.workers]:
             future.result(60)
         waiting = one.do(take, 1)
-        time.sleep(2 * TIMEOUT)  # what must not happen has had its time
+        workers.await_waiting([0])
+        time.sleep(2 * TIMEOUT)  # what must not happen has had its time, from when it could
         assert not waiting.done()
         two.do(take, 1).result(60)
         waiting.result(60)
@@ -100,6 +101,7 @@ def test_an_abstention_is_no_contribution(server: ServerProcess, name: str) -> N
         for future in [worker.do(take, 0) for worker in workers.workers]:
             future.result(60)
         waiting = [one.do(take, 1), two.do(lambda worker: worker.optimizer.remote.skip())]
+        workers.await_waiting([0, 1])
         time.sleep(2 * TIMEOUT)
         assert not any(future.done() for future in waiting)
         three.do(take, 1).result(60)
@@ -112,6 +114,7 @@ def test_before_the_first_round_all_must_come(server: ServerProcess, name: str) 
     with crew(server.address, name, 2, parameters, "SGD", OPTIONS, Sync(2, min_workers=1, timeout=TIMEOUT)) as workers:
         one, two = workers.workers
         waiting = one.do(take, 0)
+        workers.await_waiting([0])
         time.sleep(2 * TIMEOUT)
         assert not waiting.done(), "the timeout is for the rounds after the first"
         two.do(take, 0).result(60)
