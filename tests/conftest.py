@@ -14,6 +14,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+import torch
 
 from tests.support import comparison
 from tests.support.leaks import Holdings, left_behind
@@ -32,6 +33,9 @@ def pytest_configure() -> None:
     """Let Ctrl-C work in what the tests start: a run in the background of a shell hands on that it is ignored."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # What is compared with must not meet MKL's race at a function's first call: github.com/pytorch/pytorch/issues/188792.
+    for dtype in (torch.float32, torch.float64):
+        torch.sqrt(torch.ones(1, dtype=dtype))
 
 
 def pytest_collection_finish() -> None:

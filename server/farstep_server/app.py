@@ -197,6 +197,7 @@ def serve(config: ServerConfig) -> NoReturn:
 
     Its exit code is 0 where all was saved that is hosted, else EXIT_SYSTEM. OSError: it cannot serve.
     """
+    settle_vector_math()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     app = App(config, build_registry(config.optimizer))
@@ -216,6 +217,18 @@ def serve(config: ServerConfig) -> NoReturn:
     logging.shutdown()
     # Not by way of the interpreter's end: sessions' threads that come back from native code then would abort the process.
     os._exit(0 if drained else EXIT_SYSTEM)
+
+
+def settle_vector_math() -> None:
+    """Have MKL choose its kernels while nothing else runs.
+
+    It does so at the first call of each function, and where several threads make that call together one of them may compute its
+    part with a kernel of low accuracy, once: a step that is not the one of torch (github.com/pytorch/pytorch/issues/188792).
+    """
+    for dtype in (torch.float32, torch.float64):
+        one = torch.ones(1, dtype=dtype)
+        for function in (torch.sqrt, torch.exp, torch.log, torch.sin, torch.cos, torch.tanh):
+            function(one)
 
 
 def _remove_own_directories(addresses: tuple[str, ...]) -> None:

@@ -116,9 +116,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         configure_logging(config.log_level, config.log_format)
         for target in config.listen:
             check_free(target)
-        # Threads of a parallel region that wait by spinning take the cores from workers on the same host, and a step among
-        # busy processes then takes five times as long. OpenMP reads this once, when torch is imported.
+        # Threads of a parallel region that spin for long take the cores from workers on the same host, and a step among busy
+        # processes then takes five times as long; where they sleep at once, waking them takes as long as a step among idle
+        # ones. GNU's library is told to spin for a moment. OpenMP reads this once, when torch is imported.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
         # Only now: it imports torch, and a wrong flag should not wait for that.
         from farstep_server.app import serve
 

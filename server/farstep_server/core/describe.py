@@ -83,9 +83,10 @@ def norm(tensor: Tensor) -> float:
 def parameter_rows(engine: Engine) -> list[ParameterRow]:
     """Return one row per parameter, in layout order."""
     rows = []
-    for parameter, tensor in zip(engine.layout.parameters, engine.store.tensors, strict=True):
-        gradient = None if tensor.grad is None else norm(tensor.grad)
-        rows.append(ParameterRow(parameter, norm(tensor), gradient, _state_rows(engine.optimizer.state.get(tensor))))
+    for number, (parameter, tensor) in enumerate(zip(engine.layout.parameters, engine.store.tensors, strict=True)):
+        gradient = engine.gradient(number)
+        steepness = None if gradient is None else norm(gradient)
+        rows.append(ParameterRow(parameter, norm(tensor), steepness, _state_rows(engine.optimizer.state.get(tensor))))
     return rows
 
 

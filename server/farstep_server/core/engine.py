@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from farstep_server.core.default_dtype import default_dtype
 from farstep_server.core.gradients import Gradients
+from farstep_server.core.means import Means
 from farstep_server.core.options import GroupEdits, apply_edits, difference, frozen_options
 from farstep_server.core.parameters import ParameterStore
 from farstep_server.core.registry import OptimizerEntry
@@ -55,6 +56,7 @@ class Engine:
         self.optimizer = self._construct(arguments, options)
         self._bare_step = _without_profiling(self.optimizer)
         self._proven: set[frozenset[tuple[int, str]]] = set()
+        self._means: Means | None = None
 
     def _construct(self, arguments: Mapping[str, Any], options: Sequence[Mapping[str, Any]]) -> Optimizer:
         parameters = iter(self.store.tensors)
@@ -132,8 +134,13 @@ class Engine:
         """Return the way back to the state as it is now."""
         return Undo(self.optimizer, self.store, self.entry)
 
+    def gradient(self, number: int) -> Tensor | None:
+        """Return what a parameter was stepped with last, as it lies there by now."""
+        return self.store.tensors[number].grad if self._means is None else self._means.again(number)
+
     def set_gradients(self, gradients: Gradients) -> None:
         """Hand each parameter its gradient."""
+        self._means = None
         for tensor, gradient in zip(self.store.tensors, gradients, strict=True):
             tensor.grad = gradient
 
@@ -163,7 +170,7 @@ class Engine:
 
     def step(
         self,
-        gradients: Gradients,
+        gradients: Gradients | Means,
         edits: GroupEdits,
         edited: Mapping[int, Tensor],
         settings: Settings,
@@ -171,7 +178,8 @@ class Engine:
     ) -> GroupEdits:
         """Apply edits and clipped gradients in one step; return the options that the optimizer itself changed.
 
-        ``lr_divisor``: what the learning rate of this one step is divided by.
+        ``gradients`` that are yet to be made cannot be clipped, and are for torch's own classes. ``lr_divisor``: what the
+        learning rate of this one step is divided by.
 
         StepFailedError: the optimizer raised. Everything is as before, and ``applied`` says NO; for an input of a kind that
         this optimizer has stepped with before there is no undo copy, and ``applied`` says UNKNOWN.
@@ -192,7 +200,7 @@ class Engine:
 
     def _step(
         self,
-        gradients: Gradients,
+        gradients: Gradients | Means,
         edits: GroupEdits,
         edited: Mapping[int, Tensor],
         settings: Settings,
@@ -200,13 +208,27 @@ class Engine:
     ) -> GroupEdits:
         apply_edits(self.optimizer, edits)
         self.write_parameters(edited)
-        self.set_gradients(gradients)
-        self.clip_gradients(settings)
+        if not isinstance(gradients, Means):
+            self.set_gradients(gradients)
+            self.clip_gradients(settings)
         self.store.before_write()
-        if lr_divisor > 1:
-            with _divided_lr(self.optimizer, lr_divisor):
-                return self._run()
-        return self._run()
+        with _divided_lr(self.optimizer, lr_divisor):
+            return self._run_in_slices(gradients) if isinstance(gradients, Means) else self._run()
+
+    def _run_in_slices(self, means: Means) -> GroupEdits:
+        self.set_gradients([None] * len(self.store.tensors))
+        self._means = means
+        divides = means.counts and _divides_gradients(self.optimizer)
+        with default_dtype(self.scalar_dtype), _divisor(self.optimizer, means.divisor if divides else None):
+            for run, gradients in means.make(divided=not divides):
+                tensors = self.store.tensors[run.start : run.stop]
+                for tensor, gradient in zip(tensors, gradients, strict=True):
+                    tensor.grad = gradient
+                with _only(self.optimizer, run):
+                    self._bare_step()
+                for tensor in tensors:
+                    tensor.grad = None
+        return {}
 
     def _run(self) -> GroupEdits:
         with default_dtype(self.scalar_dtype):
@@ -219,7 +241,57 @@ class Engine:
 
 
 @contextmanager
+def _only(optimizer: Optimizer, run: range) -> Iterator[None]:
+    """Have the optimizer see no more than a run of its parameters."""
+    groups = optimizer.param_groups
+    whole = [group["params"] for group in groups]
+    end = 0
+    touched = []
+    for group, parameters in zip(groups, whole, strict=True):
+        start, end = end, end + len(parameters)
+        own = parameters[max(run.start - start, 0) : max(run.stop - start, 0)]
+        if own:
+            group["params"] = own
+            touched.append(group)
+    optimizer.param_groups = touched
+    try:
+        yield
+    finally:
+        optimizer.param_groups = groups
+        for group, parameters in zip(groups, whole, strict=True):
+            group["params"] = parameters
+
+
+def _divides_gradients(optimizer: Optimizer) -> bool:
+    """Whether torch's fused kernels step, which divide a gradient as they read it: by ``grad_scale``, as for mixed precision.
+
+    In dtypes that they do not compute in, a division of its own rounds once more.
+    """
+    return all(
+        group.get("fused") and all(tensor.dtype in {torch.float32, torch.float64} for tensor in group["params"])
+        for group in optimizer.param_groups
+    )
+
+
+@contextmanager
+def _divisor(optimizer: Optimizer, divisor: float | None) -> Iterator[None]:
+    """Have torch's fused kernels divide the gradients."""
+    if divisor is None:
+        yield
+        return
+    fused: Any = optimizer
+    fused.grad_scale, fused.found_inf = torch.tensor(divisor, dtype=torch.float32), None
+    try:
+        yield
+    finally:
+        del fused.grad_scale, fused.found_inf
+
+
+@contextmanager
 def _divided_lr(optimizer: Optimizer, divisor: int) -> Iterator[None]:
+    if divisor == 1:
+        yield
+        return
     rates = [(group, group["lr"]) for group in optimizer.param_groups if "lr" in group]
     try:
         for group, rate in rates:
@@ -237,8 +309,10 @@ def _without_profiling(optimizer: Optimizer) -> Callable[[], object]:
     return optimizer.step if inner is None else partial(inner, optimizer)
 
 
-def _signature(gradients: Gradients) -> frozenset[tuple[int, str]]:
+def _signature(gradients: Gradients | Means) -> frozenset[tuple[int, str]]:
     """Return which gradients are absent or sparse."""
+    if isinstance(gradients, Means):
+        return frozenset((number, "absent") for number in range(len(gradients.terms)) if gradients.absent(number))
     return frozenset(
         (index, "absent" if gradient is None else "sparse")
         for index, gradient in enumerate(gradients)

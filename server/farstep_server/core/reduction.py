@@ -5,8 +5,7 @@ alone. One contribution is taken as it is: no copy, no division. A parameter for
 by the weight of all that contributed, since theirs is the derivative of the mean loss; where no worker has one, there is none.
 
 Gradients that lie in a worker's own memory are read and never written: their sum is made in memory of the server's. Sums
-are made and divided in blocks that stay in the cache in between. Elements do not depend on their neighbours, so blocks leave
-the bits as they are. A weighted sum is made in one piece, since torch fuses multiplication and addition in full vectors alone.
+are made and divided in blocks that stay in the cache in between, which leaves the bits as they are.
 
 While a round waits for slow workers, the gradients of the first in order are added up already. That sum too lies in memory of
 the server's, and what went into it stays as it is: if one of them drops out, the sum is made anew from the others.
@@ -21,10 +20,9 @@ import torch
 from torch import Tensor
 
 from farstep_server.core.gradients import Gradients, accumulate
+from farstep_server.core.means import Means, Slices, Term, blockwise
 from farstep_wire.errors import Applied, MismatchError
 from farstep_wire.layout import Layout
-
-_BLOCK_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,7 @@ class Reducer:
 
     def __init__(self, *, keep_last: bool) -> None:
         self._memories: list[_Memory | None] = [None, None] if keep_last else [None]
+        self._slices: Slices | None = None
         self._begun: list[tuple[object, float | None]] = []
         self._sums: Gradients = []
 
@@ -99,6 +98,24 @@ class Reducer:
         self._memories.reverse()
         return result
 
+    def means(self, parts: Sequence[Part], weights: Sequence[float] | None, layout: Layout) -> Means | None:
+        """Return the (weighted) mean in the order given as one that is made while the optimizer steps.
+
+        None where it cannot be: only dense gradients on the CPU, in the server's own memory or in a worker's, can wait.
+        """
+        if len(parts) < 2 or not all(map(_can_wait, parts)):
+            return None
+        if self._slices is None or self._slices.layout is not layout:
+            self._slices = Slices.of(layout)
+        keys = _keys(parts, weights)
+        done = self._done_of(keys)
+        begun: Gradients = self._sums if done else [None] * len(layout.parameters)
+        terms = [_terms(parts[done:], keys[done:], number) for number in range(len(layout.parameters))]
+        self.forget()
+        self._memories.reverse()
+        total = float(len(parts)) if weights is None else sum(weights)
+        return Means(self._slices, begun, terms, total, counts=weights is None)
+
     def own(self, part: Part, layout: Layout) -> Gradients:
         """Return gradients that may be written: a copy of borrowed ones."""
         if not part.borrowed:
@@ -124,9 +141,7 @@ class Reducer:
             self.forget()
         return len(self._begun)
 
-    def _one(
-        self, number: int, begun: Tensor | None, terms: list[_Term], total: float, layout: Layout
-    ) -> Tensor | None:
+    def _one(self, number: int, begun: Tensor | None, terms: list[Term], total: float, layout: Layout) -> Tensor | None:
         if begun is None and not terms:
             return None
         if any(tensor.is_sparse for tensor, _, _ in terms):
@@ -134,13 +149,13 @@ class Reducer:
                 terms = [(begun, False, None), *terms]
             return _sum_with_sparse(terms).div_(total)
         if begun is not None:
-            return _blockwise(begun, begun, terms, layout.specs[number].strides, total)
+            return blockwise(begun, begun, terms, layout.specs[number].strides, total)
         first, borrowed, _ = terms[0]
         target = self._memory(number, layout, first.device) if borrowed else first
-        return _blockwise(target, None, terms, layout.specs[number].strides, total)
+        return blockwise(target, None, terms, layout.specs[number].strides, total)
 
-    def _sum(self, begun: Tensor | None, terms: list[_Term], target: Tensor) -> Tensor:
-        return _blockwise(target, begun, terms, target.stride(), None)
+    def _sum(self, begun: Tensor | None, terms: list[Term], target: Tensor) -> Tensor:
+        return blockwise(target, begun, terms, target.stride(), None)
 
     def _memory(self, number: int, layout: Layout, device: torch.device) -> Tensor:
         memory = self._memories[0]
@@ -149,16 +164,12 @@ class Reducer:
         return memory.views[number]
 
 
-_Term = tuple[Tensor, bool, float | None]
-"""A gradient, whether it is borrowed, and its weight, None where all count alike."""
-
-
 def _keys(parts: Sequence[Part], weights: Sequence[float] | None) -> list[tuple[object, float | None]]:
     shares: Sequence[float | None] = [None] * len(parts) if weights is None else weights
     return [(part if part.source is None else part.source, share) for part, share in zip(parts, shares, strict=True)]
 
 
-def _terms(parts: Sequence[Part], keys: Sequence[tuple[object, float | None]], number: int) -> list[_Term]:
+def _terms(parts: Sequence[Part], keys: Sequence[tuple[object, float | None]], number: int) -> list[Term]:
     return [
         (gradient, part.borrowed, share)
         for part, (_, share) in zip(parts, keys, strict=True)
@@ -172,52 +183,9 @@ def _can_wait(part: Part) -> bool:
     )
 
 
-def _sum_with_sparse(terms: list[_Term]) -> Tensor:
+def _sum_with_sparse(terms: list[Term]) -> Tensor:
     accumulator: Tensor | None = None
     for tensor, borrowed, share in terms:
         accumulator = accumulate(accumulator, tensor.clone() if borrowed else tensor, share)
     assert accumulator is not None, "there are terms"
     return accumulator
-
-
-def _blockwise(
-    target: Tensor, begun: Tensor | None, terms: list[_Term], strides: tuple[int, ...], total: float | None
-) -> Tensor:
-    """Make the sum of what was begun and of terms in ``target``, divided by ``total`` where there is one."""
-    tensors = [tensor for tensor, _, _ in terms]
-    plain = all(share is None for _, _, share in terms)
-    alike = all(tensor.stride() == strides for tensor in (target, *tensors))
-    if plain and alike and target.is_cpu and target.nbytes > _BLOCK_BYTES:
-        size = _BLOCK_BYTES // target.element_size()
-        targets = torch.split(_flat(target), size)
-        blocks = [torch.split(_flat(tensor), size) for tensor in tensors]
-        for index, block in enumerate(targets):
-            own: list[_Term] = [(pieces[index], False, None) for pieces in blocks]
-            _into(block, None if begun is None else block, own, total)
-    else:
-        _into(target, begun, terms, total)
-    return target
-
-
-def _into(target: Tensor, begun: Tensor | None, terms: list[_Term], total: float | None) -> None:
-    if begun is None:
-        (first, _, share), *terms = terms
-        if share is not None:
-            torch.mul(first, share, out=target)
-        elif terms:
-            torch.add(first, terms[0][0], out=target)
-            del terms[0]
-        elif target is not first:
-            target.copy_(first)
-    for tensor, _, share in terms:
-        if share is None:
-            target.add_(tensor)
-        else:
-            target.add_(tensor, alpha=share)
-    if total is not None:
-        target.div_(total)
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    # The strides are those of the layout, whose gradients lie dense.
-    return tensor.as_strided((tensor.numel(),), (1,))

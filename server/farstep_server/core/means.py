@@ -1,0 +1,142 @@
+"""The mean of a round's gradients, made a few parameters at a time, while the optimizer steps with those before.
+
+What is made lies in memory that the next few take over: it is still in the cache when the step reads it, never has to leave
+it, and there is no second copy of all gradients. Elements do not depend on their neighbours, and torch's optimizers step each
+parameter by itself, so the bits are those of the whole mean and one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from farstep_server.core.gradients import Gradients
+from farstep_wire.layout import Layout, align
+
+_SLICE_BYTES = 16 * 1024 * 1024
+
+Term = tuple[Tensor, bool, float | None]
+"""A gradient, whether it is borrowed, and its weight, None where all count alike."""
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Runs of a layout's parameters whose gradients are made together, and the memory for one of them."""
+
+    layout: Layout
+    runs: tuple[range, ...]
+    views: tuple[tuple[Tensor, ...], ...]
+
+    @classmethod
+    def of(cls, layout: Layout) -> Slices:
+        """Cut a layout; a parameter larger than a slice is one of its own."""
+        runs: list[range] = []
+        sizes: list[int] = []
+        for index, spec in enumerate(layout.specs):
+            size = align(spec.nbytes)
+            if runs and sizes[-1] + size <= _SLICE_BYTES:
+                runs[-1] = range(runs[-1].start, index + 1)
+                sizes[-1] += size
+            else:
+                runs.append(range(index, index + 1))
+                sizes.append(size)
+        buffer = torch.empty(max(sizes, default=0), dtype=torch.uint8)
+        return cls(layout, tuple(runs), tuple(tuple(_views(layout, run, buffer)) for run in runs))
+
+
+def _views(layout: Layout, run: range, buffer: Tensor) -> Iterator[Tensor]:
+    offset = 0
+    for index in run:
+        yield layout.specs[index].view(buffer, offset)
+        offset += align(layout.specs[index].nbytes)
+
+
+@dataclass(frozen=True)
+class Means:
+    """A mean that is not made yet. ``begun``: the sum of what came before the terms, which is read and never written.
+
+    ``divisor``: what the sums are divided by, the number of workers or their weights' sum.
+    """
+
+    slices: Slices
+    begun: Gradients
+    terms: list[list[Term]]
+    divisor: float
+    counts: bool = field(default=True)
+    """Whether the divisor is a number of workers, exact in any floating-point dtype."""
+
+    def absent(self, number: int) -> bool:
+        """Whether no worker has a gradient for a parameter."""
+        return not self.terms[number] and self.begun[number] is None
+
+    def make(self, *, divided: bool = True) -> Iterator[tuple[range, Gradients]]:
+        """Yield the gradients run by run; those of the run before are then gone. Not ``divided``: the sums."""
+        for run, views in zip(self.slices.runs, self.slices.views, strict=True):
+            yield run, [self._one(number, view, divided) for number, view in zip(run, views, strict=True)]
+
+    def again(self, number: int) -> Tensor | None:
+        """Return one parameter's mean, of the workers' gradients as they lie there by now."""
+        spec = self.slices.layout.specs[number]
+        return self._one(number, torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype), divided=True)
+
+    def _one(self, number: int, target: Tensor, divided: bool) -> Tensor | None:
+        if self.absent(number):
+            return None
+        divisor = self.divisor if divided else None
+        return blockwise(target, self.begun[number], self.terms[number], target.stride(), divisor)
+
+
+_BLOCK_BYTES = 1024 * 1024
+
+
+def blockwise(
+    target: Tensor, begun: Tensor | None, terms: Sequence[Term], strides: tuple[int, ...], divisor: float | None
+) -> Tensor:
+    """Make the sum of what was begun and of terms in ``target``, which may be what was begun or the first term; divide it.
+
+    In blocks that stay in the cache between one operation and the next. A weighted sum is made in one piece, since torch fuses
+    multiplication and addition in full vectors alone.
+    """
+    tensors = [tensor for tensor, _, _ in terms] if begun is None else [begun, *(tensor for tensor, _, _ in terms)]
+    plain = all(share is None for _, _, share in terms)
+    alike = all(tensor.stride() == strides for tensor in (target, *tensors))
+    if plain and alike and target.is_cpu and target.nbytes > _BLOCK_BYTES:
+        size = _BLOCK_BYTES // target.element_size()
+        blocks = zip(*(torch.split(_flat(tensor), size) for tensor in (target, *tensors)), strict=True)
+        for block, *pieces in blocks:
+            own: list[Term] = [(piece, False, None) for piece in pieces]
+            _into(block, None, own, divisor)
+    else:
+        _into(target, begun, terms, divisor)
+    return target
+
+
+def _into(target: Tensor, begun: Tensor | None, terms: Sequence[Term], divisor: float | None) -> None:
+    if begun is not None:
+        terms = [(begun, False, None), *terms]
+    (first, _, share), *rest = terms
+    if share is not None:
+        torch.mul(first, share, out=target)
+    elif rest and rest[0][2] is None:
+        torch.add(first, rest[0][0], out=target)
+        del rest[0]
+    elif rest:
+        torch.add(first, rest[0][0], alpha=rest[0][2], out=target)
+        del rest[0]
+    elif target is not first:
+        target.copy_(first)
+    for tensor, _, weight in rest:
+        if weight is None:
+            target.add_(tensor)
+        else:
+            target.add_(tensor, alpha=weight)
+    if divisor is not None:
+        target.div_(divisor)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    # The strides are those of the layout, whose gradients lie dense.
+    return tensor.as_strided((tensor.numel(),), (1,))
