@@ -14,6 +14,7 @@ from farstep_wire import __version__, errors
 from farstep_wire.errors import FarstepError
 from farstep_wire.policy import Async, Sync
 from farstep_wire.settings import Settings
+from farstep_wire.wire_format import Wire
 
 if TYPE_CHECKING:
     from farstep import lr_scheduler, optim
@@ -29,6 +30,7 @@ __all__ = [
     "Settings",
     "Sync",
     "Timeouts",
+    "Wire",
     "__version__",
     "errors",
     "lr_scheduler",

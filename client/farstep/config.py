@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from farstep_wire.address import Address, check_name, parse_address
 from farstep_wire.errors import ConfigurationError
 from farstep_wire.limits import WORKER_BYTES
 from farstep_wire.policy import Async, Policy, Sync, as_timedelta
 from farstep_wire.settings import Settings
+from farstep_wire.wire_format import Wire, as_wire
+
+if TYPE_CHECKING:
+    import torch
 
 OnExisting = Literal["attach", "error", "replace"]
 
@@ -80,7 +84,10 @@ class Remote:
             server, or as torch does it.
         adopt_parameters: with shared memory, have the parameters lie in the server's own memory, so that nothing is copied
             back. A change that is made to them on one worker then is one for the server and all workers at once. Sync only.
-        token, tls, wire_dtype: no server of this release takes them; anything but None is a ConfigurationError.
+        wire_dtype: how float32 tensors are made smaller for the way: ``"bfloat16"`` or ``"float16"`` (or the torch dtype) in
+            both directions, ``"int8"`` or ``"topk"`` for gradients, or a ``farstep.Wire(...)`` that says it for each direction.
+            The server's own stay float32. Such tensors travel over gRPC. None: as they are, bit for bit.
+        token, tls: no server of this release takes them; anything but None is a ConfigurationError.
     """
 
     address: str | None = None
@@ -90,7 +97,7 @@ class Remote:
     token: str | None = field(default=None, repr=False)
     tls: object | None = None
     transport: Literal["auto", "grpc", "shm"] = "auto"
-    wire_dtype: object | None = None
+    wire_dtype: Wire | str | torch.dtype | None = None
     on_existing: OnExisting = "attach"
     timeouts: Timeouts = field(default_factory=Timeouts)
     retry: Retry = field(default_factory=Retry)
@@ -99,11 +106,12 @@ class Remote:
     adopt_parameters: bool = False
 
     def __post_init__(self) -> None:
-        for unserved in ("token", "tls", "wire_dtype"):
+        for unserved in ("token", "tls"):
             if getattr(self, unserved) is not None:
                 raise ConfigurationError(f"remote: {unserved} is not served by this release; leave it None")
         if self.transport not in {"auto", "grpc", "shm"}:
             raise ConfigurationError(f"remote: transport {self.transport!r} is not one of 'auto', 'grpc', 'shm'")
+        self._check_wire()
         if self.adopt_parameters and isinstance(self.policy, Async):
             raise ConfigurationError(
                 "remote: adopt_parameters=True with Async: parameters that all workers see would change under a worker's "
@@ -127,6 +135,29 @@ class Remote:
                 )
         if self.address is not None:
             self.parsed()
+
+    def _check_wire(self) -> None:
+        try:
+            wire = self.wire
+        except ValueError as error:
+            raise ConfigurationError(f"remote: wire_dtype: {error}") from None
+        if wire.exact:
+            return
+        if self.transport not in {"auto", "grpc"}:
+            raise ConfigurationError(
+                f"remote: wire_dtype={self.wire_dtype!r} with transport={self.transport!r}, which moves tensors as they are; "
+                f"use 'grpc', or leave wire_dtype None"
+            )
+        if self.adopt_parameters:
+            raise ConfigurationError(
+                f"remote: wire_dtype={self.wire_dtype!r} with adopt_parameters=True: adopted parameters do not travel; leave "
+                f"one of the two out"
+            )
+
+    @property
+    def wire(self) -> Wire:
+        """What ``wire_dtype`` means."""
+        return as_wire(self.wire_dtype)
 
     def parsed(self) -> Address | None:
         """Return the address with the name taken out of it; None where the embedded server is meant."""

@@ -13,6 +13,7 @@ from farstep_wire.policy import Async, Policy, Sync
 from farstep_wire.v1 import common_pb2 as pb
 from farstep_wire.v1 import optimizer_pb2 as opb
 from farstep_wire.values import from_map, spec_from_proto, spec_to_proto, to_map
+from farstep_wire.wire_format import EXACT, Wire
 
 _MILLISECOND = timedelta(milliseconds=1)
 _LONGEST_TIMEOUT_MS = 366 * 24 * 3600 * 1000
@@ -162,6 +163,35 @@ def policy_from_proto(message: pb.Policy) -> Policy:
             relaxed = getattr(message, "async")
             return Async(relaxed.max_staleness if relaxed.HasField("max_staleness") else None, relaxed.scale_lr)
     raise ValueError("policy is not set")
+
+
+_FORMATS: dict[object, opb.WireFormat.ValueType] = {
+    None: opb.WIRE_FORMAT_UNSPECIFIED,
+    "bfloat16": opb.WIRE_FORMAT_BFLOAT16,
+    "float16": opb.WIRE_FORMAT_FLOAT16,
+    "int8": opb.WIRE_FORMAT_INT8,
+    "topk": opb.WIRE_FORMAT_TOPK,
+}
+_FORMAT_NAMES: dict[int, Any] = {value: name for name, value in _FORMATS.items()}
+
+
+def wire_to_proto(wire: Wire) -> opb.Wire:
+    """Encode how a session's tensors are made smaller."""
+    return opb.Wire(
+        gradients=_FORMATS[wire.gradients], parameters=_FORMATS[wire.parameters], density=float(wire.density)
+    )
+
+
+def wire_from_proto(attach: opb.Attach) -> Wire:
+    """Decode how a session's tensors are made smaller; ValueError names the field."""
+    if not attach.HasField("wire"):
+        return EXACT
+    message = attach.wire
+    for name in ("gradients", "parameters"):
+        if (value := getattr(message, name)) not in _FORMAT_NAMES:
+            raise ValueError(f"Wire: {name} is {value}, which is no WireFormat of this release")
+    density = {"density": message.density} if message.gradients == opb.WIRE_FORMAT_TOPK else {}
+    return Wire(_FORMAT_NAMES[message.gradients], _FORMAT_NAMES[message.parameters], **density)
 
 
 _APPLIED_TO_PROTO = {

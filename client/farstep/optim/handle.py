@@ -11,6 +11,7 @@ from farstep.inspection import Description, Round, SnapshotInfo
 from farstep.session.session import Session
 from farstep.transports.base import Traffic
 from farstep_wire.settings import Settings
+from farstep_wire.wire_format import Wire
 
 if TYPE_CHECKING:
     from farstep.optim.proxy import RemoteOptimizer
@@ -77,6 +78,16 @@ class RemoteHandle:
     def traffic(self) -> Traffic:
         """Bytes sent and received for this optimizer since it was built, reconnects included; asks nobody."""
         return self._optimizer._farstep.traffic
+
+    @property
+    def step_traffic(self) -> Traffic:
+        """Bytes sent and received for the last step, closure evaluations and reconnects in it included; asks nobody."""
+        return self._optimizer._farstep.step_traffic
+
+    @property
+    def wire(self) -> Wire:
+        """How gradients and parameters are made smaller for the way: what ``Remote(wire_dtype=...)`` means."""
+        return self._optimizer._farstep.remote.wire
 
     @property
     def transport(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from farstep.config import Remote
 from farstep.session.binding import Binding, layout_of
 from farstep.session.calls import call_done, call_pull
+from farstep.session.feedback import Feedback
 from farstep.session.groups import Groups
 from farstep.session.lanes import Exchange, Lanes
 from farstep.session.link import Link
@@ -21,9 +23,10 @@ from farstep.session.replicas import ReplicaGuard
 from farstep.session.snapshot import FetchedState
 from farstep.session.steering import Declared
 from farstep.transports.base import Lane, Traffic
-from farstep_wire.convert import layout_to_proto, policy_to_proto
+from farstep_wire.convert import layout_to_proto, policy_to_proto, wire_to_proto
+from farstep_wire.errors import ConfigurationError
 from farstep_wire.frames import EMPTY, Body, BytesSource, NullSink, Sink
-from farstep_wire.layout import dtype_name
+from farstep_wire.layout import Layout, dtype_name
 from farstep_wire.policy import Sync
 from farstep_wire.v1 import optimizer_pb2 as pb
 from farstep_wire.values import from_map, to_map
@@ -65,6 +68,7 @@ class Attachment:
         self._holds_average = False
         self._torn = False
         self._lanes = Lanes(remote, self.address)
+        self._feedback = _feedback_of(remote, subject)
         self._replicas = ReplicaGuard(self.policy)
         self.schedules = Declared()
         self.accumulated = 0
@@ -75,6 +79,8 @@ class Attachment:
         self.kept = 0
         """How many parameters the proxy keeps a step count of."""
         self._ended_traffic = Traffic()
+        self.step_traffic = Traffic()
+        """What went between this session and the server for its last step."""
 
     @property
     def traffic(self) -> Traffic:
@@ -107,6 +113,9 @@ class Attachment:
         if attached.outcome == pb.Attached.OUTCOME_CREATED:
             self.binding.remember()
             self._adopt()
+            if self.remote.wire.parameters is not None:
+                # Its creator holds them as all workers do.
+                self._pull_first()
         else:
             self._pull_first()
             for group, message in zip(groups, attached.groups, strict=False):
@@ -134,7 +143,11 @@ class Attachment:
     def _bind(self, groups: Groups) -> None:
         self._groups = groups
         tensors = [tensor for group in groups for tensor in group["params"]]
-        self._binding = Binding(tensors, layout_of(groups), detect_edits=self.remote.detect_edits)
+        self._binding = self._bound(tensors, layout_of(groups))
+
+    def _bound(self, tensors: Sequence[Tensor], layout: Layout) -> Binding:
+        remote = self.remote
+        return Binding(tensors, layout, detect_edits=remote.detect_edits, wire=remote.wire, feedback=self._feedback)
 
     @property
     def binding(self) -> Binding:
@@ -167,6 +180,8 @@ class Attachment:
         )
         if self.remote.settings is not None:
             attach.settings.CopyFrom(to_map(self.remote.settings.as_dict(), "settings"))
+        if not self.remote.wire.exact:
+            attach.wire.CopyFrom(wire_to_proto(self.remote.wire))
         return attach, Body([layout])
 
     def _sink_for(self, frame: pb.ServerFrame) -> Sink:
@@ -243,3 +258,15 @@ class Attachment:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["remote"], state["subject"])  # type: ignore[misc]
         self.policy, self.worker, self.ephemeral = state["policy"], state["worker"], state["ephemeral"]
+
+
+def _feedback_of(remote: Remote, subject: Subject) -> Feedback | None:
+    wire = remote.wire
+    if not wire.compresses:
+        return None
+    if subject.drives_closure:
+        raise ConfigurationError(
+            f"remote: wire_dtype with gradients={wire.gradients!r}: {subject.optimizer} evaluates its closure many times, and "
+            f"a line search needs the gradients as they are; use 'bfloat16' or 'float16', or leave wire_dtype None"
+        )
+    return Feedback(wire)

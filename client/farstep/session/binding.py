@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from farstep.session.edits import EditDetector
+from farstep.session.feedback import Feedback
+from farstep.session.narrow import NarrowGradients, Piece, narrow_sink
 from farstep.transports.base import Lane
-from farstep_wire.frames import EMPTY, Body, BytesSource, ScatterSink
+from farstep_wire.frames import EMPTY, Body, BytesSource, ScatterSink, Sink
 from farstep_wire.layout import (
     GradientForm,
     GradientPlan,
@@ -27,6 +29,7 @@ from farstep_wire.layout import (
     plan_gradients,
 )
 from farstep_wire.values import memory
+from farstep_wire.wire_format import EXACT, Wire
 
 _PADDING = memoryview(bytes(64))
 
@@ -128,10 +131,22 @@ class Load:
 
 
 class Binding:
-    """The parameters of a proxy optimizer, bound to a layout."""
+    """The parameters of a proxy optimizer, bound to a layout. ``feedback``: of the session, where gradients are compressed."""
 
-    def __init__(self, tensors: Sequence[Tensor], layout: Layout, *, detect_edits: bool) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        layout: Layout,
+        *,
+        detect_edits: bool,
+        wire: Wire = EXACT,
+        feedback: Feedback | None = None,
+    ) -> None:
         self.layout = layout
+        self._wire = wire
+        self._feedback = feedback
+        narrow = wire.gradients is not None and not wire.compresses
+        self._narrow = NarrowGradients(str(wire.gradients)) if narrow else None
         self.tensors = list(tensors)
         self.adopted = False
         """Whether the parameters are the server's own, so that nothing is received, and no edit is one of this side alone."""
@@ -141,7 +156,7 @@ class Binding:
         self._strides: list[tuple[int, ...]] = []
         self._strided = [tensor for tensor in self.tensors if tensor.dim() > 1]
         self._staged: list[tuple[Tensor, Tensor]] = []
-        self._sink: ScatterSink | None = None
+        self._sink: Sink | None = None
         self._gradient_memory: list[tuple[int, memoryview] | None] = [None] * len(self.tensors)
         self._order = [
             (index, spec.nbytes, _PADDING[: align(spec.nbytes) - spec.nbytes] if spec.nbytes % 64 else None)
@@ -174,9 +189,15 @@ class Binding:
             for tensor, place in zip(self.tensors, self._places, strict=True)
             if place.staging is not None
         ]
-        offsets = self.layout.arena.offsets
-        self._sink = ScatterSink((offset, place.memory) for offset, place in zip(offsets, self._places, strict=True))
+        self._sink = self._new_sink()
         self._edits.look_at([place.memory if place.direct else None for place in self._places])
+
+    def _new_sink(self) -> Sink:
+        offsets = self.layout.arena.offsets
+        if self._wire.parameters is None:
+            return ScatterSink((offset, place.memory) for offset, place in zip(offsets, self._places, strict=True))
+        tensors = [place.owner if place.staging is None else place.staging for place in self._places]
+        return narrow_sink(self.layout, tensors, str(self._wire.parameters))
 
     # Out.
 
@@ -234,6 +255,8 @@ class Binding:
                 tensors.append(parts)
             else:
                 tensors.append([self._dense(index, gradient, forms)])
+        if self._feedback is not None:
+            return self._compressed(self._feedback, forms, edited, tensors)
         return Load(
             forms,
             lambda: self._body(forms, edited, tensors),
@@ -241,10 +264,25 @@ class Binding:
             self.edited_contents(edited) if edited else EMPTY,
         )
 
-    def _body(self, forms: dict[int, GradientForm], edited: Sequence[int], tensors: list[list[Tensor]]) -> Body:
-        if not forms and not edited:
+    def _body(self, forms: dict[int, GradientForm], edited: Sequence[int], tensors: list[list[Tensor]]) -> BytesSource:
+        if self._narrow is None and not forms and not edited:
             return self._plain_body(tensors)
-        return self._planned_body(plan_gradients(self.layout, forms, edited), tensors)
+        plan = plan_gradients(self.layout, forms, edited)
+        if self._narrow is None:
+            return self._planned_body(plan, tensors)
+        return self._narrow.body(plan, self._pieces(plan, tensors))
+
+    def _compressed(
+        self,
+        feedback: Feedback,
+        forms: dict[int, GradientForm],
+        edited: Sequence[int],
+        tensors: list[list[Tensor]],
+    ) -> Load:
+        forms, plan, head = feedback.encode(self.layout, forms, tensors, edited)
+        rest = [piece for piece in self._pieces(plan.plan, tensors) if piece[0] >= 4 * plan.elements]
+        segments = [memory(head, head.numel()), *_padded(rest)]
+        return Load(forms, lambda: _KeptBody(segments, (head, rest)))
 
     def _dense(self, index: int, gradient: Tensor, forms: dict[int, GradientForm]) -> Tensor:
         spec = self.layout.specs[index]
@@ -292,6 +330,11 @@ class Binding:
         return _KeptBody(segments, tensors)
 
     def _planned_body(self, plan: GradientPlan, tensors: list[list[Tensor]]) -> Body:
+        pieces = self._pieces(plan, tensors)
+        return _KeptBody(_padded(pieces), pieces)
+
+    def _pieces(self, plan: GradientPlan, tensors: list[list[Tensor]]) -> list[Piece]:
+        """Return what a plan has, in the order of its bytes."""
         pieces = [
             (offset, spec, tensor)
             for placed, own in zip(plan.pieces, tensors, strict=True)
@@ -300,16 +343,11 @@ class Binding:
         for index, spec, offset in plan.edited:
             copy = torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype)
             pieces.append((offset, spec, copy.copy_(self.tensors[index].detach())))
-        pieces.sort(key=lambda piece: piece[0])
-        segments: list[memoryview | bytes] = []
-        for _, spec, tensor in pieces:
-            segments.append(memory(tensor, spec.nbytes))
-            segments.append(_PADDING[: align(spec.nbytes) - spec.nbytes])
-        return _KeptBody(segments, pieces)
+        return sorted(pieces, key=lambda piece: piece[0])
 
     # In.
 
-    def sink(self) -> ScatterSink:
+    def sink(self) -> Sink:
         """Return where the bytes of a parameter arena go. ``received`` must follow once all of them have come."""
         self._look()
         assert self._sink is not None, "made by the look"
@@ -324,6 +362,14 @@ class Binding:
         torch.autograd.graph.increment_version(self.tensors)
         if not self.adopted:
             self._edits.remember()
+
+
+def _padded(pieces: Sequence[Piece]) -> list[memoryview | bytes]:
+    segments: list[memoryview | bytes] = []
+    for _, spec, tensor in pieces:
+        segments.append(memory(tensor, spec.nbytes))
+        segments.append(_PADDING[: align(spec.nbytes) - spec.nbytes])
+    return segments
 
 
 class _KeptBody(Body):

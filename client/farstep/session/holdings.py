@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from farstep.session.attachment import Attachment
-from farstep.session.binding import Binding
 from farstep.session.calls import call_done, call_get_state, call_pull
 from farstep.session.groups import Groups, check_only_added, group_body, group_layout, hold
 from farstep.session.options import sendable
@@ -44,6 +43,7 @@ class Holdings(Attachment):
         """ConfigurationError where gradients taken now would not be the hosted optimizer's."""
         self._settle_group()
         self._check_whole()
+        self._settle_feedback()
         if self._holds_average:
             raise ConfigurationError(
                 "the parameters here are an average, taken by opt.remote.pull(average=...); gradients at it are none of the "
@@ -125,11 +125,17 @@ class Holdings(Attachment):
             raise
         self._open_group = None
         self._groups = groups
-        self._binding = Binding([*known, *new], old.extended(own), detect_edits=self.remote.detect_edits)
+        self._binding = self._bound([*known, *new], old.extended(own))
         self.binding.remember(but=edited)
         self._options.acknowledge_group(groups, number)
         self.link.renew_lane()
         self._adopt()
+
+    def _settle_feedback(self) -> None:
+        """Find out whether compressed gradients of which nothing is known were used."""
+        if self._feedback is not None and self._feedback.in_doubt:
+            self.link.ensure()
+            self._feedback.resolve(self.link.standing.settled)
 
     def _settle_group(self) -> None:
         """Find out what became of a group of which nothing is known; ConfigurationError where the server has it."""

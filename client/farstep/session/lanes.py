@@ -45,6 +45,8 @@ class Lanes:
             return None
 
     def _wanted(self, binding: Binding) -> bool:
+        if not self._remote.wire.exact:
+            return False
         if self._remote.transport == "auto":
             return self._address.is_loopback and binding.layout.arena.nbytes >= _WORTHWHILE_BYTES
         return self._remote.transport == "shm"

@@ -46,6 +46,10 @@ class StepResult:
     accumulated: int
 
 
+def _used(stepped: pb.Stepped) -> bool:
+    return stepped.outcome == pb.Stepped.OUTCOME_COMMITTED
+
+
 class Session(Holdings):
     """The client's side of one hosted optimizer. Not thread-safe, as optimizers are not."""
 
@@ -89,7 +93,10 @@ class Session(Holdings):
             return pb.ClientFrame(accumulate=message), body
 
         unsettled, self._unsettled = self._unsettled, True
-        call_done(self.link, make)
+        if self._feedback is None:
+            call_done(self.link, make)
+        else:
+            self._feedback.follow(message.sequence, lambda: call_done(self.link, make), lambda _: True)
         self._unsettled = unsettled
         self.accumulated += 1
 
@@ -168,8 +175,13 @@ class Session(Holdings):
             message.shared, body = load.through(self.link.lane)
             return pb.ClientFrame(contribution=message), body
 
-        stepped = self.link.call(make, handle)
+        before = self.link.traffic
+        if self._feedback is None:
+            stepped = self.link.call(make, handle)
+        else:
+            stepped = self._feedback.follow(message.sequence, lambda: self.link.call(make, handle), _used)
         self._unsettled = False
+        self.step_traffic = self.link.traffic - before
         return stepped
 
     def _receive_step(self, link: Link, deadline: float) -> pb.Stepped:
@@ -204,7 +216,7 @@ class Session(Holdings):
             )  # fmt: skip
         if stepped.notice:
             _LOGGER.warning("farstep: %r at version %d: %s", self.name, stepped.version, stepped.notice)
-        applied = stepped.outcome == pb.Stepped.OUTCOME_COMMITTED
+        applied = _used(stepped)
         loss = from_value(stepped.loss, "loss") if stepped.HasField("loss") else None
         self.staleness = stepped.staleness
         if self._torn:

@@ -30,6 +30,9 @@ class Traffic:
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(self.sent + other.sent, self.received + other.received)
 
+    def __sub__(self, other: Traffic) -> Traffic:
+        return Traffic(self.sent - other.sent, self.received - other.received)
+
 
 class Stream(ABC):
     """One session's stream. ``send`` may be called from any thread, ``receive`` from one at a time."""

@@ -48,6 +48,48 @@ ON_EXISTING_REPLACE: OnExisting.ValueType  # 3
 """Remove it and create a new one."""
 Global___OnExisting: _TypeAlias = OnExisting  # noqa: Y015
 
+class _WireFormat:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _WireFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WireFormat.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    WIRE_FORMAT_UNSPECIFIED: _WireFormat.ValueType  # 0
+    """As they are."""
+    WIRE_FORMAT_BFLOAT16: _WireFormat.ValueType  # 1
+    """Rounded to the nearest bfloat16, ties to even: bytes of the arena that hold float32 are half as many."""
+    WIRE_FORMAT_FLOAT16: _WireFormat.ValueType  # 2
+    """Rounded to the nearest float16, ties to even."""
+    WIRE_FORMAT_INT8: _WireFormat.ValueType  # 3
+    """Whole numbers from -127 to 127 in blocks of 64 elements with a float32 scale each. Each tensor is filled up to whole blocks.
+    Bytes: the scales of all dense gradients in layout order, the int8 of all, each padded to 64 bytes; then the rest.
+    """
+    WIRE_FORMAT_TOPK: _WireFormat.ValueType  # 4
+    """The elements of greatest magnitude. Bytes: for all dense gradients in layout order the int32 positions, ascending in each,
+    then the float32 values in the same order, each padded to 64 bytes; then the rest.
+    """
+
+class WireFormat(_WireFormat, metaclass=_WireFormatEnumTypeWrapper):
+    """What becomes of float32 numbers on the way. Anything else travels as it is. The elements of a tensor stand in the order of its
+    memory, whose strides are those of the layout.
+    """
+
+WIRE_FORMAT_UNSPECIFIED: WireFormat.ValueType  # 0
+"""As they are."""
+WIRE_FORMAT_BFLOAT16: WireFormat.ValueType  # 1
+"""Rounded to the nearest bfloat16, ties to even: bytes of the arena that hold float32 are half as many."""
+WIRE_FORMAT_FLOAT16: WireFormat.ValueType  # 2
+"""Rounded to the nearest float16, ties to even."""
+WIRE_FORMAT_INT8: WireFormat.ValueType  # 3
+"""Whole numbers from -127 to 127 in blocks of 64 elements with a float32 scale each. Each tensor is filled up to whole blocks.
+Bytes: the scales of all dense gradients in layout order, the int8 of all, each padded to 64 bytes; then the rest.
+"""
+WIRE_FORMAT_TOPK: WireFormat.ValueType  # 4
+"""The elements of greatest magnitude. Bytes: for all dense gradients in layout order the int32 positions, ascending in each,
+then the float32 values in the same order, each padded to 64 bytes; then the rest.
+"""
+Global___WireFormat: _TypeAlias = WireFormat  # noqa: Y015
+
 @_typing.final
 class ClientFrame(_message.Message):
     """A request, or a further part of the last request's bytes."""
@@ -268,6 +310,7 @@ class Attach(_message.Message):
     WAIT_MS_FIELD_NUMBER: _builtins.int
     DEFAULT_DTYPE_FIELD_NUMBER: _builtins.int
     SETTINGS_FIELD_NUMBER: _builtins.int
+    WIRE_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     """The client's revision of this protocol."""
     client_version: _builtins.str
@@ -306,6 +349,10 @@ class Attach(_message.Message):
     def settings(self) -> _common_pb2.ValueMap:
         """What is done on the server around each step; absent: the worker does not say."""
 
+    @_builtins.property
+    def wire(self) -> Global___Wire:
+        """How this session's gradients and parameters are made smaller for the way; absent: they travel as they are."""
+
     def __init__(
         self,
         *,
@@ -325,14 +372,47 @@ class Attach(_message.Message):
         wait_ms: _builtins.int = ...,
         default_dtype: _builtins.str = ...,
         settings: _common_pb2.ValueMap | None = ...,
+        wire: Global___Wire | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "policy", b"policy", "settings", b"settings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "policy", b"policy", "settings", b"settings", "wire", b"wire"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "client_version", b"client_version", "default_dtype", b"default_dtype", "ephemeral", b"ephemeral", "incarnation", b"incarnation", "instance", b"instance", "lineage", b"lineage", "name", b"name", "on_existing", b"on_existing", "optimizer", b"optimizer", "policy", b"policy", "protocol", b"protocol", "settings", b"settings", "version", b"version", "wait_ms", b"wait_ms", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "client_version", b"client_version", "default_dtype", b"default_dtype", "ephemeral", b"ephemeral", "incarnation", b"incarnation", "instance", b"instance", "lineage", b"lineage", "name", b"name", "on_existing", b"on_existing", "optimizer", b"optimizer", "policy", b"policy", "protocol", b"protocol", "settings", b"settings", "version", b"version", "wait_ms", b"wait_ms", "wire", b"wire", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Attach: _TypeAlias = Attach  # noqa: Y015
+
+@_typing.final
+class Wire(_message.Message):
+    """How float32 numbers are made smaller for the way, in one session. Frames then end at whole elements."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GRADIENTS_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    DENSITY_FIELD_NUMBER: _builtins.int
+    gradients: Global___WireFormat.ValueType
+    """How gradients are sent: those of Contribution, Accumulate and Evaluation."""
+    parameters: Global___WireFormat.ValueType
+    """How parameters and averages of them are sent to the worker; BFLOAT16 and FLOAT16 alone are possible."""
+    density: _builtins.float
+    """With TOPK: the part of each gradient's elements that is sent, above 0 and at most 1. Of n elements it is
+    max(1, ceil(density * n)).
+    """
+    def __init__(
+        self,
+        *,
+        gradients: Global___WireFormat.ValueType = ...,
+        parameters: Global___WireFormat.ValueType = ...,
+        density: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "gradients", b"gradients", "parameters", b"parameters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Wire: _TypeAlias = Wire  # noqa: Y015
 
 @_typing.final
 class Upload(_message.Message):

@@ -178,7 +178,7 @@ class HostedOptimizer:
             self._deferred.append(event)
             return
         self._refuse_in_driven_step()
-        average = ParameterReader(self.pipeline.average(event.average)) if event.average else None
+        average = ParameterReader(self.pipeline.average(event.average), self.engine.layout) if event.average else None
         parameters = average or self.engine.store.read(shared=event.shared)
         self._reply(event.ticket, ev.ParametersReply(self.version, self.incarnation, parameters))
 

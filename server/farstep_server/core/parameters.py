@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from farstep_wire.layout import Layout
+from farstep_wire.narrowing import Narrowing, NarrowSource
 
 
 def tensor_memory(buffer: Tensor) -> memoryview:
@@ -31,32 +32,44 @@ def tensor_memory(buffer: Tensor) -> memoryview:
 
 
 class ParameterReader:
-    """The bytes of the parameters at one version, to be read in ranges by another thread."""
+    """The bytes of the parameters at one version, to be read in ranges by another thread. ``layout``: what lies where."""
 
-    def __init__(self, buffer: Tensor) -> None:
+    def __init__(self, buffer: Tensor, layout: Layout) -> None:
         self.nbytes = buffer.numel()
+        self.layout = layout
         self._buffer: Tensor | None = buffer
+        self._narrowing: Narrowing | None = None
+        self._source: NarrowSource | None = None
         self._lock = threading.Lock()
+
+    def narrow(self, narrowing: Narrowing) -> None:
+        """Read them narrowed, from the beginning; each range is then made when it is read."""
+        self._narrowing, self.nbytes = narrowing, narrowing.nbytes
 
     def join(self, prefix: Sequence[bytes], start: int, stop: int) -> bytes:
         """Return the prefix and a range of the bytes as one; the last range ends the reading."""
         with self._lock:
             assert self._buffer is not None, "read after its end"
-            result = b"".join((*prefix, tensor_memory(self._buffer)[start:stop]))
+            if self._narrowing is None:
+                result = b"".join((*prefix, tensor_memory(self._buffer)[start:stop]))
+            else:
+                if self._source is None:
+                    self._source = NarrowSource(self._narrowing.places_in(self._buffer), self.nbytes)
+                result = self._source.join(prefix, start, stop)
             if stop == self.nbytes:
-                self._buffer = None
+                self._buffer = self._source = None
         return result
 
     def close(self) -> None:
         """End the reading early."""
         with self._lock:
-            self._buffer = None
+            self._buffer = self._source = None
 
     def move_to(self, copy: Tensor) -> None:
         """Read on from a copy of the buffer."""
         with self._lock:
             if self._buffer is not None:
-                self._buffer = copy
+                self._buffer, self._source = copy, None
 
     @property
     def open(self) -> bool:
@@ -130,7 +143,7 @@ class ParameterStore:
 
     def reader(self) -> ParameterReader:
         """Return a reader of the parameters as they stand."""
-        reader = ParameterReader(self.host())
+        reader = ParameterReader(self.host(), self.layout)
         self._readers.append(ref(reader))
         return reader
 

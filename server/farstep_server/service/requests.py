@@ -11,13 +11,14 @@ from torch import Tensor
 from farstep_server.core import events as ev
 from farstep_server.core.gradients import Staged, check_indices
 from farstep_server.core.parameters import tensor_memory
+from farstep_server.service.receiving import Arrival, WireFormats
 from farstep_server.service.sharing import Sharing
 from farstep_server.service.staging import StagingBuffers, new_buffer
 from farstep_wire.bundle import read_bundle
 from farstep_wire.convert import edited_from_proto, edits_from_proto, forms_from_proto, layout_from_proto
 from farstep_wire.errors import InvalidRequestError
 from farstep_wire.frames import BufferSink, Incoming
-from farstep_wire.layout import GradientPlan, Layout, plan_gradients
+from farstep_wire.layout import GradientPlan, Layout
 from farstep_wire.limits import LAYOUT_BYTES
 from farstep_wire.v1 import common_pb2 as cpb
 from farstep_wire.v1 import optimizer_pb2 as pb
@@ -38,7 +39,7 @@ class Request:
     buffer: Tensor
     incoming: Incoming
     layout: Layout
-    plan: GradientPlan | None = None
+    arrival: Arrival | None = None
     views: list[Tensor | None] | None = None
     borrowed: Staged | None = None
 
@@ -91,9 +92,10 @@ class Request:
         return ev.Accumulate(ticket, worker, message.epoch, message.sequence, staged)
 
     def _staged(self) -> Staged | None:
-        if self.plan is None or self.borrowed is not None:
+        if self.arrival is None or self.borrowed is not None:
             return self.borrowed
-        staged = Staged(self.plan, self.buffer, self.views)
+        self.arrival.finish(self.buffer, self.layout)
+        staged = Staged(self.arrival.plan, self.buffer, self.views)
         check_indices(staged, self.layout)
         return staged
 
@@ -155,8 +157,9 @@ def read_layout(buffer: Tensor) -> tuple[Layout, list[dict[str, object]]]:
 class Decoder:
     """Begins requests: says where their bytes go, or refuses them before any memory is taken."""
 
-    def __init__(self, limit_bytes: int, sharing: Sharing, *, pinned: bool) -> None:
+    def __init__(self, limit_bytes: int, sharing: Sharing, formats: WireFormats, *, pinned: bool) -> None:
         self._limit_bytes = limit_bytes
+        self._formats = formats
         self._sharing = sharing
         self._staging = StagingBuffers(limit_bytes, pinned=pinned)
 
@@ -167,29 +170,22 @@ class Decoder:
         """
         kind = frame.WhichOneof("body") or ""
         try:
-            plan = self._plan(frame, kind, layout)
+            arrival = self._arrival(frame, kind, layout)
         except ValueError as error:
             raise InvalidRequestError(f"{kind}: {error}") from None
-        expected = None if plan is None else plan.nbytes
-        if kind not in _WITH_BYTES and frame.total_bytes:
-            raise InvalidRequestError(f"{kind}: {frame.total_bytes} bytes are declared; it takes none")
-        if kind == "attach" and frame.total_bytes > LAYOUT_BYTES:
-            raise InvalidRequestError(
-                f"attach: a layout of {frame.total_bytes} bytes; at most {LAYOUT_BYTES} are possible"
-            )
-        if kind == "upload":
-            expected = layout.arena.nbytes
-        if expected is not None and frame.total_bytes != expected:
-            raise InvalidRequestError(f"{kind}: {frame.total_bytes} bytes are declared, the layout takes {expected}")
-        if plan is None:
+        _check_size(
+            frame, kind, layout.arena.nbytes if kind == "upload" else None if arrival is None else arrival.nbytes
+        )
+        if arrival is None:
             buffer = new_buffer(frame.total_bytes, self._limit_bytes)
-        else:
-            buffer = self._staging.take(plan.nbytes, keep_last=keep_last)
-        incoming = Incoming(frame.total_bytes, BufferSink(tensor_memory(buffer)))
-        views = self._staging.views(layout) if plan is layout.dense_plan else None
-        request = Request(frame, kind, buffer, incoming, layout, plan, views)
-        if plan is not None and _in_shared_memory(frame, kind):
-            request.borrowed = self._borrowed(frame, kind, layout, plan, buffer)
+            incoming = Incoming(frame.total_bytes, BufferSink(tensor_memory(buffer)))
+            return Request(frame, kind, buffer, incoming, layout)
+        buffer = self._staging.take(arrival.plan.nbytes, keep_last=keep_last)
+        incoming = Incoming(frame.total_bytes, arrival.sink(buffer))
+        views = self._staging.views(layout) if arrival.plan is layout.dense_plan else None
+        request = Request(frame, kind, buffer, incoming, layout, arrival, views)
+        if _in_shared_memory(frame, kind):
+            request.borrowed = self._borrowed(frame, kind, layout, arrival.plan, buffer)
         return request
 
     def _borrowed(self, frame: pb.ClientFrame, kind: str, layout: Layout, plan: GradientPlan, buffer: Tensor) -> Staged:
@@ -199,21 +195,31 @@ class Decoder:
         except ValueError as error:
             raise InvalidRequestError(f"{kind}: {error}") from None
 
-    def _plan(self, frame: pb.ClientFrame, kind: str, layout: Layout) -> GradientPlan | None:
+    def _arrival(self, frame: pb.ClientFrame, kind: str, layout: Layout) -> Arrival | None:
         none = _in_shared_memory(frame, kind)
         if kind == "contribution":
             message = frame.contribution
             edited = edited_from_proto(message.edited_parameters, layout)
             none = none or message.abstain or message.closure
             forms = {} if none else forms_from_proto(message.forms, layout)
-            return plan_gradients(layout, forms, edited, no_gradients=none)
+            return self._formats.arrival(layout, forms, edited, no_gradients=none)
         if kind == "accumulate":
             forms = {} if none else forms_from_proto(frame.accumulate.forms, layout)
-            return plan_gradients(layout, forms, no_gradients=none)
+            return self._formats.arrival(layout, forms, no_gradients=none)
         if kind == "evaluation" and not frame.evaluation.error:
             forms = {} if none else forms_from_proto(frame.evaluation.forms, layout)
-            return plan_gradients(layout, forms, no_gradients=none)
+            return self._formats.arrival(layout, forms, no_gradients=none)
         return None
+
+
+def _check_size(frame: pb.ClientFrame, kind: str, expected: int | None) -> None:
+    """InvalidRequestError: a request declares other bytes than it takes."""
+    if kind not in _WITH_BYTES and frame.total_bytes:
+        raise InvalidRequestError(f"{kind}: {frame.total_bytes} bytes are declared; it takes none")
+    if kind == "attach" and frame.total_bytes > LAYOUT_BYTES:
+        raise InvalidRequestError(f"attach: a layout of {frame.total_bytes} bytes; at most {LAYOUT_BYTES} are possible")
+    if expected is not None and frame.total_bytes != expected:
+        raise InvalidRequestError(f"{kind}: {frame.total_bytes} bytes are declared, the layout takes {expected}")
 
 
 def _in_shared_memory(frame: pb.ClientFrame, kind: str) -> bool:

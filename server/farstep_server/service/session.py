@@ -22,10 +22,11 @@ from farstep_server.hosting.directory import Blueprint, Directory
 from farstep_server.hosting.owner import Owner
 from farstep_server.logs import log_event
 from farstep_server.service.encoding import attached, encode_reply
+from farstep_server.service.receiving import WireFormats
 from farstep_server.service.requests import NO_LAYOUT, Decoder, Request, read_layout
 from farstep_server.service.sharing import Sharing
 from farstep_wire.address import check_name
-from farstep_wire.convert import policy_from_proto
+from farstep_wire.convert import policy_from_proto, wire_from_proto
 from farstep_wire.errors import (
     Applied,
     ConfigurationError,
@@ -96,7 +97,9 @@ class Session:
         self._is_active = is_active
         self._outbox: Outbox = queue.SimpleQueue()
         self._sharing = Sharing(directory.limit_bytes)
-        self._decoder = Decoder(directory.limit_bytes, self._sharing, pinned=directory.device.type == "cuda")
+        self._formats = WireFormats(directory.limit_bytes)
+        pinned = directory.device.type == "cuda"
+        self._decoder = Decoder(directory.limit_bytes, self._sharing, self._formats, pinned=pinned)
         self._creation: _Creation | None = None
         self._seat: _Seat | None = None
         self._pending: Request | None = None
@@ -118,17 +121,17 @@ class Session:
                 if item is None:
                     return
                 self._awaited -= 1
-                yield from _encoded(item)
+                yield from self._encoded(item)
             if self._awaited > 0:
                 break
         else:
             self.end()
             while not self._outbox.empty() and (item := self._outbox.get()) is not None:
-                yield from _encoded(item)
+                yield from self._encoded(item)
             return
         threading.Thread(target=self._read_all, name="farstep-session", daemon=True).start()
         while (item := self._outbox.get()) is not None:
-            yield from _encoded(item)
+            yield from self._encoded(item)
 
     def end(self) -> None:
         """End the session and give up what it has reserved; may be called from any thread, and more than once."""
@@ -141,6 +144,22 @@ class Session:
             self._sharing.withdraw()
             self._directory.session_closed()
         self._outbox.put(None)
+
+    def _encoded(self, item: tuple[pb.ServerFrame, None] | tuple[int, ev.Reply]) -> Iterator[bytes]:
+        first, reply = item
+        if isinstance(first, pb.ServerFrame):
+            yield first.SerializeToString()
+            return
+        assert reply is not None, "a numbered item has a reply"
+        frame, body = encode_reply(first, reply)
+        if not isinstance(body, ParameterReader):
+            yield from encode(frame, body)
+            return
+        self._formats.narrow(body)
+        try:
+            yield from encode(frame, body)
+        finally:
+            body.close()
 
     # The reader.
 
@@ -264,7 +283,12 @@ class Session:
             raise InvalidRequestError("attach in a session that is attached")
         _check_protocol(attach)
         blueprint = _blueprint(request, attach)
-        self._directory.entry(blueprint.optimizer)
+        entry, wire = self._directory.entry(blueprint.optimizer), wire_from_proto(attach)
+        if wire.compresses and entry.drives_closure:
+            raise InvalidRequestError(
+                f"attach: Wire: gradients={wire.gradients!r} with {blueprint.optimizer}, whose closure needs them as they are"
+            )
+        self._formats.wire = wire
         if attach.lineage:
             owner: Owner | None = self._directory.find_again(blueprint.name)
         else:
@@ -330,20 +354,6 @@ class Session:
     def _answer(self, frame: pb.ServerFrame) -> None:
         self._awaited += 1
         self._outbox.put((frame, None))
-
-
-def _encoded(item: tuple[pb.ServerFrame, None] | tuple[int, ev.Reply]) -> Iterator[bytes]:
-    first, reply = item
-    if isinstance(first, pb.ServerFrame):
-        yield first.SerializeToString()
-        return
-    assert reply is not None, "a numbered item has a reply"
-    frame, body = encode_reply(first, reply)
-    try:
-        yield from encode(frame, body)
-    finally:
-        if isinstance(body, ParameterReader):
-            body.close()
 
 
 def _check_protocol(attach: pb.Attach) -> None:
