@@ -185,11 +185,12 @@ class Room:
 
 
 class NarrowSource:
-    """The bytes of places, each frame's made when it is due: a BytesSource."""
+    """The bytes of places, each frame's made when it is due: a BytesSource. Keeps the owners of their memory alive."""
 
-    def __init__(self, places: Places, nbytes: int) -> None:
+    def __init__(self, places: Places, nbytes: int, owners: object = None) -> None:
         self.nbytes = nbytes
         self._places = places
+        self._owners = owners
         self._room: Room | None = None
 
     def join(self, prefix: Sequence[bytes], start: int, stop: int) -> bytes:

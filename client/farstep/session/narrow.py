@@ -32,7 +32,7 @@ class NarrowGradients:
         places = narrowing.places(
             (offset, _flat(tensor, spec, exact=offset >= edits_begin)) for offset, spec, tensor in pieces
         )
-        return NarrowSource(places, narrowing.nbytes)
+        return NarrowSource(places, narrowing.nbytes, pieces)
 
 
 def narrow_sink(layout: Layout, tensors: Sequence[Tensor], format_name: str) -> Sink:
