@@ -31,8 +31,8 @@ TORCH_CLASSES = {
 
 def test_farstep() -> None:
     assert sorted(farstep.__all__) == [
-        "Async", "FarstepError", "LocalSGD", "Remote", "Retry", "Settings", "Sync", "Timeouts", "__version__", "errors",
-        "lr_scheduler", "optim", "remote_optimizer",
+        "Async", "FarstepError", "LocalSGD", "Remote", "Retry", "Settings", "Sync", "Timeouts", "Wire", "__version__",
+        "errors", "lr_scheduler", "optim", "remote_optimizer",
     ]  # fmt: skip
     for name in farstep.__all__:
         assert getattr(farstep, name) is not None
@@ -94,8 +94,9 @@ def test_a_class_is_torchs_with_one_keyword_more(name: str) -> None:
 def test_the_handle() -> None:
     members = {name for name in vars(RemoteHandle) if not name.startswith("_")}
     assert members == {
-        "name", "address", "worker", "version", "lineage", "incarnation", "device", "traffic", "transport",
-        "staleness", "settings", "pull", "skip", "accumulate", "state", "describe", "history", "set", "checkpoint", "close",
+        "name", "address", "worker", "version", "lineage", "incarnation", "device", "traffic", "step_traffic", "transport",
+        "wire", "staleness", "settings", "pull", "skip", "accumulate", "state", "describe", "history", "set", "checkpoint",
+        "close",
     }  # fmt: skip
     assert all(inspect.getdoc(getattr(RemoteHandle, name)) for name in members)
 

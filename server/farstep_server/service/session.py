@@ -237,6 +237,7 @@ class Session:
     def _refuse(self, error: FarstepError) -> None:
         if self._kind in _STEPS and error.applied is Applied.NONE:
             error.applied = Applied.NO
+        self._waiting.discard(self._number)
         self._awaited = max(self._awaited, 1)
         self._outbox.put((self._number, ev.Refusal(error)))
 
