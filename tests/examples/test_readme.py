@@ -62,5 +62,15 @@ def test_shared_memory(readme_server: ServerProcess) -> None:
     assert _run(BLOCKS[5], readme_server) == "shm\n"
 
 
+def test_fewer_bytes(readme_server: ServerProcess) -> None:
+    output = _run(BLOCKS[6], readme_server)
+    found = re.fullmatch(
+        r"Wire\(gradients='int8', parameters='bfloat16', .*\) Traffic\(sent=(\d+), received=(\d+)\)\n", output
+    )
+    assert found, output
+    assert int(found[1]) < 0.3 * 4 * 100_100
+    assert int(found[2]) < 0.6 * 4 * 100_100
+
+
 def test_there_are_no_other_blocks() -> None:
-    assert len(BLOCKS) == README.count("```python") == 6
+    assert len(BLOCKS) == README.count("```python") == 7
