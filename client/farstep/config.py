@@ -74,8 +74,10 @@ class Remote:
         on_existing: what to do where the name is hosted already: ``"attach"`` goes on from its version, ``"error"`` fails,
             ``"replace"`` starts anew.
         transport: how tensors travel. ``"grpc"``: in messages. ``"shm"``: through memory that worker and server share, where
-            both run on one host and as one user; else in messages, and the log says why. ``"auto"``: ``"shm"`` for 256 KiB of
-            parameters or more where the server itself listens at the loopback address, with no tunnel or proxy in between.
+            both run on one host and as one user; else in messages, and the log says why. ``"pg"``: through a process group of
+            torch.distributed, in a trusted network; a ConfigurationError where there can be none. ``"auto"``: ``"shm"`` for
+            256 KiB of parameters or more where the server itself listens at the loopback address, with no tunnel or proxy in
+            between.
         timeouts: how long to wait for what.
         retry: pauses between attempts to connect.
         detect_edits: compare every parameter's bits before each step, so that edits through ``p.data`` are seen too. Without
@@ -96,7 +98,7 @@ class Remote:
     worker: str | int | None = None
     token: str | None = field(default=None, repr=False)
     tls: object | None = None
-    transport: Literal["auto", "grpc", "shm"] = "auto"
+    transport: Literal["auto", "grpc", "shm", "pg"] = "auto"
     wire_dtype: Wire | str | torch.dtype | None = None
     on_existing: OnExisting = "attach"
     timeouts: Timeouts = field(default_factory=Timeouts)
@@ -109,8 +111,8 @@ class Remote:
         for unserved in ("token", "tls"):
             if getattr(self, unserved) is not None:
                 raise ConfigurationError(f"remote: {unserved} is not served by this release; leave it None")
-        if self.transport not in {"auto", "grpc", "shm"}:
-            raise ConfigurationError(f"remote: transport {self.transport!r} is not one of 'auto', 'grpc', 'shm'")
+        if self.transport not in {"auto", "grpc", "shm", "pg"}:
+            raise ConfigurationError(f"remote: transport {self.transport!r} is not one of 'auto', 'grpc', 'shm', 'pg'")
         self._check_wire()
         if self.adopt_parameters and isinstance(self.policy, Async):
             raise ConfigurationError(

@@ -57,6 +57,14 @@ class Body:
         """Return the prefix and a range of the bytes as one."""
         return b"".join((*prefix, *self.slices(start, stop)))
 
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """Yield the ranges of the segments, but for what only fills up to the alignment."""
+        start = 0
+        for stop in self._ends:
+            if start == align(start):
+                yield start, stop
+            start = stop
+
 
 def padded(segments: Iterable[memoryview | bytes]) -> Iterator[memoryview | bytes]:
     """Yield segments with zeros between them, so that each begins at a multiple of the alignment."""
@@ -204,6 +212,14 @@ class ScatterSink:
         )
         self._starts = [offset for offset, _ in self._places]
         self._reach = list(accumulate((offset + len(buffer) for offset, buffer in self._places), max))
+
+    def window(self, start: int, stop: int) -> memoryview | None:
+        """Return the memory into which a range goes, where all of it goes to one place, and nothing of it to another."""
+        index = bisect_right(self._reach, start)
+        if index == len(self._places) or (index + 1 < len(self._places) and self._starts[index + 1] < stop):
+            return None
+        offset, buffer = self._places[index]
+        return buffer[start - offset : stop - offset] if offset <= start and stop <= offset + len(buffer) else None
 
     def write(self, offset: int, data: memoryview) -> None:
         """Copy each part of the bytes to its place."""

@@ -67,6 +67,7 @@ class App:
         self._device = resolve_device(config.device)
         limit = config.memory_budget_bytes()
         self.directory = Directory(registry, self._device, config.lease.total_seconds(), limit)
+        self.directory.serves_groups = config.serves_groups
         self.snapshots = self._snapshotter()
         self._health = health.HealthServicer()
         self._threads = config.max_sessions + _UNARY_THREADS

@@ -87,6 +87,13 @@ def _add_serving(parser: argparse.ArgumentParser, rows: dict[str, Field]) -> Non
         default=None,
         help="listen beyond this machine without TLS and tokens [FARSTEP_INSECURE]",
     )
+    group.add_argument(
+        "--pg",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="serve workers that ask for transport='pg': process groups, whose ports check nobody, for trusted networks "
+        "(only where --listen is this machine alone) [FARSTEP_PG]",
+    )
     _add(group, rows["device"], "DEVICE", "auto, cpu, cuda or cuda:N; auto takes a GPU where there is one (auto)")
     _add(group, rows["threads"], "N", "torch's threads within one operation (torch's own choice)")
     text = "[NAME=]package.module:Class, a class of yours that clients may ask for; repeat it for several"

@@ -46,7 +46,7 @@ class ServerConfig:
     written to disk. ``snapshot_keep`` counts untagged snapshots per hosted optimizer. ``memory_limit_bytes`` None: 90 %
     of this machine's memory, see ``memory_budget_bytes``. ``threads`` None: torch's own choice. ``exit_with_parent``:
     drain and end when stdin reaches its end. ``ready_fd``: where one JSON line with the address goes once the server
-    serves.
+    serves. ``pg`` None: see ``serves_groups``.
     """
 
     listen: tuple[str, ...] = (DEFAULT_LISTEN,)
@@ -56,6 +56,7 @@ class ServerConfig:
     snapshot_keep: int = 3
     optimizer: tuple[str, ...] = ()
     insecure: bool = False
+    pg: bool | None = None
     lease: timedelta = timedelta(seconds=30)
     drain_grace: timedelta = timedelta(seconds=10)
     memory_limit_bytes: int | None = None
@@ -67,6 +68,11 @@ class ServerConfig:
     ready_fd: int | None = None
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     """Field name to where its value came from, for those that are not defaults."""
+
+    @property
+    def serves_groups(self) -> bool:
+        """Whether workers may have process groups made: as ``pg`` says, else where only this machine can connect."""
+        return all(Address(target).is_loopback for target in self.listen) if self.pg is None else self.pg
 
     def memory_budget_bytes(self) -> int:
         """Return the bytes that all hosted optimizers together may hold."""
@@ -244,6 +250,7 @@ FIELDS = (
     Field("snapshot_keep", _count),
     Field("optimizer", _classes),
     Field("insecure", _switch),
+    Field("pg", _switch),
     Field("lease", _duration),
     Field("drain_grace", _duration_or_zero),
     Field("memory_limit_bytes", _size, key="memory_limit"),

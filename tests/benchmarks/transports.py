@@ -16,6 +16,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "farstep grpc, detect_edits=False": {"transport": "grpc", "detect_edits": False},
     "farstep grpc, bfloat16": {"transport": "grpc", "wire_dtype": "bfloat16"},
     "farstep pg": {"transport": "pg"},
+    "farstep pg, detect_edits=False": {"transport": "pg", "detect_edits": False},
     "farstep shm": {"transport": "shm"},
     "farstep shm, detect_edits=False": {"transport": "shm", "detect_edits": False},
     "farstep shm, adopted": {"transport": "shm", "adopt_parameters": True, "detect_edits": False},

@@ -91,9 +91,11 @@ class RemoteHandle:
 
     @property
     def transport(self) -> str:
-        """How tensors travel at the moment: ``"shm"`` or ``"grpc"``. State, averages and sparse gradients take gRPC always."""
-        lane = self._session.link.lane
-        return "grpc" if lane is None else lane.name
+        """How gradients and parameters travel at the moment: ``"shm"``, ``"pg"`` or ``"grpc"``.
+
+        State takes gRPC always; so do averages and sparse gradients where memory is shared.
+        """
+        return self._session.link.transport
 
     def pull(self, average: str | None = None) -> int:
         """Overwrite the local parameters with the server's; return their version.

@@ -22,7 +22,7 @@ from farstep.session.placement import locate, policy_of, worker_of
 from farstep.session.replicas import ReplicaGuard
 from farstep.session.snapshot import FetchedState
 from farstep.session.steering import Declared
-from farstep.transports.base import Lane, Traffic
+from farstep.transports.base import Carrier, Lane, Traffic
 from farstep_wire.convert import layout_to_proto, policy_to_proto, wire_to_proto
 from farstep_wire.errors import ConfigurationError
 from farstep_wire.frames import EMPTY, Body, BytesSource, NullSink, Sink
@@ -161,7 +161,7 @@ class Attachment:
         assert self._link is not None, "attached"
         return self._link
 
-    def _open_lane(self, exchange: Exchange) -> Lane | None:
+    def _open_lane(self, exchange: Exchange) -> Lane | Carrier | None:
         return self._lanes.open(exchange, self.binding)
 
     def _attach_message(self) -> tuple[pb.Attach, BytesSource]:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from farstep.config import Remote
 from farstep.session.binding import Binding
-from farstep.transports.base import Lane
+from farstep.transports.base import Carrier, Lane
+from farstep.transports.pg import make_carrier
 from farstep.transports.shm import SharedMemoryLane
 from farstep_wire.address import Address
 from farstep_wire.errors import FarstepError, UnavailableError
@@ -17,6 +18,9 @@ from farstep_wire.v1 import optimizer_pb2 as pb
 _LOGGER = logging.getLogger("farstep")
 _WORTHWHILE_BYTES = 256 * 1024
 """Parameters below this size travel as fast in messages, and each segment takes two pages at least."""
+
+_STALL_SECONDS = 30.0
+"""How long a block of a process group may take at most, as gRPC gives a silent connection."""
 
 Exchange = Callable[[pb.ClientFrame], pb.ServerFrame]
 
@@ -28,12 +32,18 @@ class Lanes:
         self._remote = remote
         self._address = address
         self._told = False
+        self._generation = 0
 
-    def open(self, exchange: Exchange, binding: Binding) -> Lane | None:
-        """Return the lane of a newly attached stream; None where all goes through the stream.
+    def open(self, exchange: Exchange, binding: Binding) -> Lane | Carrier | None:
+        """Return the lane or the carrier of a newly attached stream; None where all goes through the stream.
 
-        UnavailableError: the stream broke meanwhile.
+        UnavailableError: the stream broke meanwhile, or no process group could be made this time. ConfigurationError: there can
+        be none.
         """
+        if self._remote.transport == "pg":
+            self._generation += 1
+            stall_seconds = min(_STALL_SECONDS, self._remote.timeouts.seconds("step"))
+            return make_carrier(exchange, self._generation, stall_seconds)
         if not self._wanted(binding):
             return None
         try:

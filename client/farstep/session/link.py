@@ -17,7 +17,7 @@ from uuid import uuid4
 
 from farstep.config import Remote
 from farstep.embedded import embedded_server_ended
-from farstep.transports.base import Lane, SinkFor, Stream, Traffic, Transport
+from farstep.transports.base import Carrier, Lane, SinkFor, Stream, Traffic, Transport
 from farstep.transports.grpc import GrpcTransport
 from farstep_wire import __version__
 from farstep_wire.address import Address
@@ -44,7 +44,7 @@ _LEAVE_SECONDS = 2.0
 _WORD_SECONDS = 0.5
 
 Result = TypeVar("Result")
-OpenLane = Callable[[Callable[[pb.ClientFrame], pb.ServerFrame]], Lane | None]
+OpenLane = Callable[[Callable[[pb.ClientFrame], pb.ServerFrame]], Lane | Carrier | None]
 
 
 @dataclass
@@ -92,6 +92,13 @@ class Link:
         self._broken_since: float | None = None
 
     @property
+    def transport(self) -> str:
+        """How tensors travel."""
+        carrier = None if self._stream is None else self._stream.carrier
+        way = carrier if self.lane is None else self.lane
+        return "grpc" if way is None else way.name
+
+    @property
     def traffic(self) -> Traffic:
         """What has gone through the stream, and through those before it."""
         return self._ended_traffic if self._stream is None else self._ended_traffic + self._stream.traffic
@@ -121,7 +128,13 @@ class Link:
     def choose_lane(self, deadline: float) -> None:
         """Agree with the server on the lane of the stream as it is, in place of the one that it has."""
         self._close_lane(settled=True)
-        self.lane = self._open_lane(lambda frame: self._exchange(frame, EMPTY, deadline))
+        stream = self._whole()
+        if stream.carrier is None:  # a carrier is of no particular layout
+            found = self._open_lane(lambda frame: self._exchange(frame, EMPTY, deadline))
+            if isinstance(found, Carrier):
+                stream.carrier = found
+            else:
+                self.lane = found
 
     def _open(self, deadline: float) -> pb.Attached:
         if self._transport is None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from farstep_wire.frames import EMPTY, BytesSource, Sink
+from farstep_wire.frames import EMPTY, Body, BytesSource, Sink
 from farstep_wire.v1 import optimizer_pb2 as pb
 
 SinkFor = Callable[[pb.ServerFrame], Sink]
@@ -34,8 +34,39 @@ class Traffic:
         return Traffic(self.sent - other.sent, self.received - other.received)
 
 
+class Carrier(ABC):
+    """Another way for the bytes of a stream's messages, whose headers alone then go through the stream; it ends with it.
+
+    What goes wrong is an UnavailableError, after which neither is of more use.
+    """
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The transport's name, as in ``Remote(transport=...)``."""
+
+    @abstractmethod
+    def announce(self, frame: pb.ClientFrame, body: BytesSource) -> Body | None:
+        """Say in a message's frame how its bytes come, and return them for ``send``; None: they go with the message."""
+
+    @abstractmethod
+    def send(self, frame: pb.ClientFrame, body: Body) -> None:
+        """Send the bytes of a message that is on its way."""
+
+    @abstractmethod
+    def receive(self, frame: pb.ServerFrame, sink: Sink, deadline: float) -> None:
+        """Receive the bytes of a reply; ``deadline`` is on ``time.monotonic``. The sink may have been written to in part."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give it up; may be called more than once and from any thread."""
+
+
 class Stream(ABC):
     """One session's stream. ``send`` may be called from any thread, ``receive`` from one at a time."""
+
+    carrier: Carrier | None = None
+    """What takes the bytes of messages, where something does."""
 
     @property
     @abstractmethod

@@ -23,7 +23,7 @@ import grpc
 from farstep.transports.base import SinkFor, Stream, Traffic, Transport
 from farstep_wire.address import Address
 from farstep_wire.errors import ConfigurationError, DeadlineError, FarstepError, InternalError, UnavailableError
-from farstep_wire.frames import EMPTY, BytesSource, Incoming, decode, encode
+from farstep_wire.frames import EMPTY, BytesSource, Incoming, Sink, decode, encode
 from farstep_wire.limits import MESSAGE_BYTES
 from farstep_wire.v1 import inspection_pb2
 from farstep_wire.v1 import optimizer_pb2 as pb
@@ -34,6 +34,8 @@ _FIRST_ROUND_TRIP_SECONDS = 0.2
 _ROUND_TRIP_INTERVAL_SECONDS = 1.0
 """Shortest time between two measurements, however short the lease is."""
 _ROUND_TRIP_DEADLINE_SECONDS = 10.0
+_REFUSAL_SECONDS = 2.0
+"""For the word of a server that does not take the bytes of a message."""
 _OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
     ("grpc.max_send_message_length", MESSAGE_BYTES),
@@ -144,6 +146,7 @@ class GrpcStream(Stream):
         # Each has one writer: gRPC's thread that asks for messages, and whoever receives.
         self._sent_bytes = 0
         self._received_bytes = 0
+        self._not_carried: UnavailableError | None = None
         self._call: Any = method(self._messages())
         _watchdog.watch(self)
 
@@ -166,15 +169,38 @@ class GrpcStream(Stream):
         return Traffic(self._sent_bytes, self._received_bytes)
 
     def send(self, frame: pb.ClientFrame, body: BytesSource = EMPTY) -> None:
-        """Queue a message."""
+        """Queue a message, and send its bytes where they go by a carrier."""
         self.last_sent = time.monotonic()
-        self._outbox.put((frame, body))
+        carrier = self.carrier
+        carried = None if carrier is None else carrier.announce(frame, body)
+        self._outbox.put((frame, body if carried is None else EMPTY))
+        if carrier is None or carried is None:
+            return
+        try:
+            carrier.send(frame, carried)
+            self._sent_bytes += carried.nbytes
+        except UnavailableError as error:
+            self._not_carried = error
 
     def receive(self, sink_for: SinkFor, deadline: float) -> pb.ServerFrame:
         """Return the next reply; see Stream."""
+        if self._not_carried is None:
+            return self._receive(sink_for, deadline)
+        # The server may have refused the message, and then says why.
+        try:
+            frame = self._receive(sink_for, min(deadline, time.monotonic() + _REFUSAL_SECONDS))
+        except UnavailableError:
+            raise self._not_carried from None
+        if frame.WhichOneof("body") != "failure":
+            raise self._not_carried
+        return frame
+
+    def _receive(self, sink_for: SinkFor, deadline: float) -> pb.ServerFrame:
         self.deadline = deadline
         try:
             frame, payload = decode(pb.ServerFrame, self._next())
+            if frame.blocks:
+                return self._receive_carried(frame, sink_for(frame), deadline)
             incoming = Incoming(frame.total_bytes, sink_for(frame))
             incoming.take(frame.offset, payload)
             while not incoming.complete:
@@ -187,6 +213,13 @@ class GrpcStream(Stream):
             raise self._broken(error) from None
         finally:
             self.deadline = None
+
+    def _receive_carried(self, frame: pb.ServerFrame, sink: Sink, deadline: float) -> pb.ServerFrame:
+        if self.carrier is None:
+            raise InternalError(f"the server at {self._address} answers by a way that was not agreed on")
+        self.carrier.receive(frame, sink, deadline)
+        self._received_bytes += frame.total_bytes
+        return frame
 
     def _broken(self, error: grpc.RpcError) -> FarstepError:
         if self._timed_out:
@@ -207,6 +240,8 @@ class GrpcStream(Stream):
             self._outbox.put(None)
             self._call.cancel()
             self._round_trip.close()
+            if self.carrier is not None:
+                self.carrier.close()
 
     # Called by the watchdog.
 

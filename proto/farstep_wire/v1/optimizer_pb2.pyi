@@ -110,9 +110,11 @@ class ClientFrame(_message.Message):
     LEAVE_FIELD_NUMBER: _builtins.int
     ACCUMULATE_FIELD_NUMBER: _builtins.int
     SHARE_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
     request: _builtins.int
     """The request's number in this session, from 1. Its reply carries the same."""
     total_bytes: _builtins.int
@@ -173,6 +175,16 @@ class ClientFrame(_message.Message):
     def share(self) -> Global___Share:
         """Asks for memory that both sides see, or answers what was offered."""
 
+    @_builtins.property
+    def group(self) -> Global___Group:
+        """Makes a process group for the bytes of tensors."""
+
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Not empty: the request's bytes come through the session's process group, in blocks of these sizes, and none in frames.
+        Each block begins at the next multiple of 64.
+        """
+
     def __init__(
         self,
         *,
@@ -190,15 +202,17 @@ class ClientFrame(_message.Message):
         leave: Global___Leave | None = ...,
         accumulate: Global___Accumulate | None = ...,
         share: Global___Share | None = ...,
+        group: Global___Group | None = ...,
         total_bytes: _builtins.int = ...,
         offset: _builtins.int = ...,
         payload: _builtins.bytes = ...,
+        blocks: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accumulate", b"accumulate", "add_param_group", b"add_param_group", "attach", b"attach", "body", b"body", "contribution", b"contribution", "evaluation", b"evaluation", "get_state", b"get_state", "heartbeat", b"heartbeat", "leave", b"leave", "load_state", b"load_state", "pull", b"pull", "share", b"share", "upload", b"upload", "zero_grad", b"zero_grad"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accumulate", b"accumulate", "add_param_group", b"add_param_group", "attach", b"attach", "body", b"body", "contribution", b"contribution", "evaluation", b"evaluation", "get_state", b"get_state", "group", b"group", "heartbeat", b"heartbeat", "leave", b"leave", "load_state", b"load_state", "pull", b"pull", "share", b"share", "upload", b"upload", "zero_grad", b"zero_grad"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accumulate", b"accumulate", "add_param_group", b"add_param_group", "attach", b"attach", "body", b"body", "contribution", b"contribution", "evaluation", b"evaluation", "get_state", b"get_state", "heartbeat", b"heartbeat", "leave", b"leave", "load_state", b"load_state", "offset", b"offset", "payload", b"payload", "pull", b"pull", "request", b"request", "share", b"share", "total_bytes", b"total_bytes", "upload", b"upload", "zero_grad", b"zero_grad"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accumulate", b"accumulate", "add_param_group", b"add_param_group", "attach", b"attach", "blocks", b"blocks", "body", b"body", "contribution", b"contribution", "evaluation", b"evaluation", "get_state", b"get_state", "group", b"group", "heartbeat", b"heartbeat", "leave", b"leave", "load_state", b"load_state", "offset", b"offset", "payload", b"payload", "pull", b"pull", "request", b"request", "share", b"share", "total_bytes", b"total_bytes", "upload", b"upload", "zero_grad", b"zero_grad"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["attach", "upload", "contribution", "evaluation", "zero_grad", "pull", "get_state", "load_state", "add_param_group", "heartbeat", "leave", "accumulate", "share"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["attach", "upload", "contribution", "evaluation", "zero_grad", "pull", "get_state", "load_state", "add_param_group", "heartbeat", "leave", "accumulate", "share", "group"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -219,9 +233,11 @@ class ServerFrame(_message.Message):
     DONE_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     SHARED_FIELD_NUMBER: _builtins.int
+    GROUPED_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
     request: _builtins.int
     """The request that this answers."""
     total_bytes: _builtins.int
@@ -262,6 +278,14 @@ class ServerFrame(_message.Message):
     def shared(self) -> Global___Shared:
         """Answers Share."""
 
+    @_builtins.property
+    def grouped(self) -> Global___Grouped:
+        """Answers Group."""
+
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The reply's bytes come through the process group: as for ClientFrame."""
+
     def __init__(
         self,
         *,
@@ -274,15 +298,17 @@ class ServerFrame(_message.Message):
         done: Global___Done | None = ...,
         failure: _common_pb2.Failure | None = ...,
         shared: Global___Shared | None = ...,
+        grouped: Global___Grouped | None = ...,
         total_bytes: _builtins.int = ...,
         offset: _builtins.int = ...,
         payload: _builtins.bytes = ...,
+        blocks: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "body", b"body", "done", b"done", "evaluate", b"evaluate", "failure", b"failure", "parameters", b"parameters", "shared", b"shared", "state", b"state", "stepped", b"stepped"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "body", b"body", "done", b"done", "evaluate", b"evaluate", "failure", b"failure", "grouped", b"grouped", "parameters", b"parameters", "shared", b"shared", "state", b"state", "stepped", b"stepped"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "body", b"body", "done", b"done", "evaluate", b"evaluate", "failure", b"failure", "offset", b"offset", "parameters", b"parameters", "payload", b"payload", "request", b"request", "shared", b"shared", "state", b"state", "stepped", b"stepped", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "blocks", b"blocks", "body", b"body", "done", b"done", "evaluate", b"evaluate", "failure", b"failure", "grouped", b"grouped", "offset", b"offset", "parameters", b"parameters", "payload", b"payload", "request", b"request", "shared", b"shared", "state", b"state", "stepped", b"stepped", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["attached", "stepped", "evaluate", "parameters", "state", "done", "failure", "shared"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["attached", "stepped", "evaluate", "parameters", "state", "done", "failure", "shared", "grouped"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -1104,6 +1130,108 @@ class Segment(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Segment: _TypeAlias = Segment  # noqa: Y015
+
+@_typing.final
+class Group(_message.Message):
+    """Makes a process group of two ranks, the server's being 0, in as many requests as it takes; Grouped answers each. The first
+    of them begins it, and each says what the worker's end has written since for the server's to read.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_FIELD_NUMBER: _builtins.int
+    BACKEND_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    generation: _builtins.int
+    """Which group of this client it is, from 1. Another number than that of the last request begins another group, in place of
+    the one that there is.
+    """
+    backend: _builtins.str
+    """The backend, by torch's name: "gloo"."""
+    token: _builtins.bytes
+    """16 random bytes, with the first request: the server must show them first of all in the group."""
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupEntry]:
+        """What the worker's end of the group has written to the store that both have in common."""
+
+    def __init__(
+        self,
+        *,
+        generation: _builtins.int = ...,
+        backend: _builtins.str = ...,
+        token: _builtins.bytes = ...,
+        entries: _abc.Iterable[Global___GroupEntry] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "entries", b"entries", "generation", b"generation", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Group: _TypeAlias = Group  # noqa: Y015
+
+@_typing.final
+class Grouped(_message.Message):
+    """How far a process group has come."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    READY_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    WORKER_HOST_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    ready: _builtins.bool
+    """Whether the server's end is connected, and has seen its token."""
+    token: _builtins.bytes
+    """16 random bytes: the worker must show them first of all in the group."""
+    worker_host: _builtins.str
+    """The worker's address as the server sees it, where the worker's end is to listen."""
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupEntry]:
+        """What the server's end has written since the last reply."""
+
+    def __init__(
+        self,
+        *,
+        ready: _builtins.bool = ...,
+        token: _builtins.bytes = ...,
+        worker_host: _builtins.str = ...,
+        entries: _abc.Iterable[Global___GroupEntry] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "ready", b"ready", "token", b"token", "worker_host", b"worker_host"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Grouped: _TypeAlias = Grouped  # noqa: Y015
+
+@_typing.final
+class GroupEntry(_message.Message):
+    """An entry of the store by which the ends of a process group find each other."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """Its key."""
+    value: _builtins.bytes
+    """Its value."""
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        value: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GroupEntry: _TypeAlias = GroupEntry  # noqa: Y015
 
 @_typing.final
 class Stepped(_message.Message):

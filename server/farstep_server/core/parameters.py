@@ -32,14 +32,19 @@ def tensor_memory(buffer: Tensor) -> memoryview:
 
 
 class ParameterReader:
-    """The bytes of the parameters at one version, to be read in ranges by another thread. ``layout``: what lies where."""
+    """The bytes of the parameters at one version, to be read in ranges by another thread.
 
-    def __init__(self, buffer: Tensor, layout: Layout) -> None:
+    ``layout``: what lies where. ``holdable``: the owner can leave the buffer to those who read it in place; else they get a copy.
+    """
+
+    def __init__(self, buffer: Tensor, layout: Layout, *, holdable: bool = True) -> None:
         self.nbytes = buffer.numel()
         self.layout = layout
         self._buffer: Tensor | None = buffer
         self._narrowing: Narrowing | None = None
         self._source: NarrowSource | None = None
+        self._holdable = holdable
+        self._held = False
         self._lock = threading.Lock()
 
     def narrow(self, narrowing: Narrowing) -> None:
@@ -65,11 +70,21 @@ class ParameterReader:
         with self._lock:
             self._buffer = self._source = None
 
-    def move_to(self, copy: Tensor) -> None:
-        """Read on from a copy of the buffer."""
+    def hold(self) -> Tensor:
+        """Return all of the bytes, to be read in place by others; until ``close`` nobody writes there."""
         with self._lock:
-            if self._buffer is not None:
+            assert self._buffer is not None, "read after its end"
+            if not self._holdable:
+                self._buffer = self._buffer.clone()
+            self._held = True
+            return self._buffer
+
+    def move_to(self, copy: Tensor) -> bool:
+        """Read on from a copy of the buffer; False where others read in place."""
+        with self._lock:
+            if self._buffer is not None and not self._held:
                 self._buffer, self._source = copy, None
+            return self._buffer is None or not self._held or not self._holdable
 
     @property
     def open(self) -> bool:
@@ -126,13 +141,17 @@ class ParameterStore:
             shared.changes.add_(1)
             # Readers that have not finished keep the memory that they read, which nobody writes to any more.
             self._readers.clear()
-            self._host = shared.content
-            if self.device.type == "cpu":
-                self.buffer = shared.content
-                for tensor, view in zip(self.tensors, self.layout.views(self.buffer), strict=True):
-                    tensor.data = view
+            self._move_to(shared.content)
             self.shared = shared
         return self.shared
+
+    def _move_to(self, content: Tensor) -> None:
+        """Go on in other memory, which holds what the arena does; readers may keep what was it until now."""
+        self._host = content
+        if self.device.type == "cpu":
+            self.buffer = content
+            for tensor, view in zip(self.tensors, self.layout.views(self.buffer), strict=True):
+                tensor.data = view
 
     def read(self, *, shared: bool) -> Parameters:
         """Return how the parameters as they stand are read: in shared memory, where that is wanted and there is some."""
@@ -143,7 +162,7 @@ class ParameterStore:
 
     def reader(self) -> ParameterReader:
         """Return a reader of the parameters as they stand."""
-        reader = ParameterReader(self.host(), self.layout)
+        reader = ParameterReader(self.host(), self.layout, holdable=self.shared is None)
         self._readers.append(ref(reader))
         return reader
 
@@ -169,8 +188,9 @@ class ParameterStore:
         unfinished = [reader for reader in known if reader is not None and reader.open]
         if unfinished:
             copy = self._host.clone()
-            for reader in unfinished:
-                reader.move_to(copy)
+            staying = [reader for reader in unfinished if not reader.move_to(copy)]
+            if staying:
+                self._move_to(copy if len(staying) == len(unfinished) else copy.clone())
         self._readers.clear()
 
     def write(self, contents: Tensor) -> None:

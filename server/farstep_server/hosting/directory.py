@@ -78,6 +78,8 @@ class Directory:
         self.draining = False
         self.listening: list[str] = []
         """The addresses at which the server listens, ports that were chosen included."""
+        self.serves_groups = False
+        """Whether workers may have process groups made."""
         self._owners: dict[str, Owner] = {}
         self._reservations: dict[str, _Reservation] = {}
         self._withheld: dict[str, str] = {}

@@ -27,7 +27,7 @@ class OptimizerService:
         return grpc.method_handlers_generic_handler(service.full_name, {"Session": method})
 
     def _session(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        session = Session(self._directory, requests, context.is_active)
+        session = Session(self._directory, requests, context.is_active, context.peer())
         # Told of the stream's end in any case: gRPC drops a generator that it no longer needs where that stands.
         if not context.add_callback(session.end):
             session.end()

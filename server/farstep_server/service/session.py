@@ -22,6 +22,7 @@ from farstep_server.hosting.directory import Blueprint, Directory
 from farstep_server.hosting.owner import Owner
 from farstep_server.logs import log_event
 from farstep_server.service.encoding import attached, encode_reply
+from farstep_server.service.grouping import Grouping
 from farstep_server.service.receiving import WireFormats
 from farstep_server.service.requests import NO_LAYOUT, Decoder, Request, read_layout
 from farstep_server.service.sharing import Sharing
@@ -38,6 +39,7 @@ from farstep_wire.errors import (
 from farstep_wire.frames import Incoming, NullSink, decode, encode
 from farstep_wire.layout import Layout
 from farstep_wire.limits import OLDEST_PROTOCOL, PROTOCOL, WORKER_BYTES
+from farstep_wire.process_group import GroupError
 from farstep_wire.settings import Settings
 from farstep_wire.v1 import optimizer_pb2 as pb
 from farstep_wire.values import from_map
@@ -91,12 +93,15 @@ class _Seat:
 class Session:
     """One stream. ``frames`` runs on the handler's thread until the stream ends."""
 
-    def __init__(self, directory: Directory, requests: Iterator[bytes], is_active: Callable[[], bool]) -> None:
+    def __init__(
+        self, directory: Directory, requests: Iterator[bytes], is_active: Callable[[], bool], peer: str
+    ) -> None:
         self._directory = directory
         self._requests = requests
         self._is_active = is_active
         self._outbox: Outbox = queue.SimpleQueue()
         self._sharing = Sharing(directory.limit_bytes)
+        self._grouping = Grouping(served=directory.serves_groups, peer=peer, stall_seconds=directory.lease_seconds)
         self._formats = WireFormats(directory.limit_bytes)
         pinned = directory.device.type == "cuda"
         self._decoder = Decoder(directory.limit_bytes, self._sharing, self._formats, pinned=pinned)
@@ -133,18 +138,6 @@ class Session:
         while (item := self._outbox.get()) is not None:
             yield from self._encoded(item)
 
-    def end(self) -> None:
-        """End the session and give up what it has reserved; may be called from any thread, and more than once."""
-        with self._ending:
-            first, self._ended = not self._ended, True
-            creation, self._creation = self._creation, None
-        if creation is not None:
-            self._directory.release(creation.blueprint.name, creation.attach.worker)
-        if first:
-            self._sharing.withdraw()
-            self._directory.session_closed()
-        self._outbox.put(None)
-
     def _encoded(self, item: tuple[pb.ServerFrame, None] | tuple[int, ev.Reply]) -> Iterator[bytes]:
         first, reply = item
         if isinstance(first, pb.ServerFrame):
@@ -157,9 +150,34 @@ class Session:
             return
         self._formats.narrow(body)
         try:
-            yield from encode(frame, body)
+            if self._grouping.announce(frame, body):
+                yield frame.SerializeToString()
+                self._grouping.send(frame, body)
+            else:
+                yield from encode(frame, body)
+        except GroupError as error:
+            self._group_failed(error)
         finally:
             body.close()
+
+    def _group_failed(self, error: GroupError) -> None:
+        """End the session: the client attaches again, with another group, and asks again."""
+        if self._is_active():
+            log_event(_LOGGER, logging.WARNING, "group_failed", reason=str(error))
+        self.end()
+
+    def end(self) -> None:
+        """End the session and give up what it has reserved; may be called from any thread, and more than once."""
+        with self._ending:
+            first, self._ended = not self._ended, True
+            creation, self._creation = self._creation, None
+        if creation is not None:
+            self._directory.release(creation.blueprint.name, creation.attach.worker)
+        if first:
+            self._sharing.withdraw()
+            self._grouping.end()
+            self._directory.session_closed()
+        self._outbox.put(None)
 
     # The reader.
 
@@ -198,14 +216,35 @@ class Session:
             else:
                 self._show_life()
             assert self._incoming is not None, "a request is under way"
+            if frame.blocks:
+                return self._take_from_group(frame)
             self._incoming.take(frame.offset, payload)
         except FarstepError as error:
             self._refuse(error)
             return False
         if self._incoming.complete:
-            request, self._pending, self._incoming = self._pending, None, None
-            if request is not None:
-                self._guarded(request)
+            self._complete()
+        return True
+
+    def _complete(self) -> None:
+        request, self._pending, self._incoming = self._pending, None, None
+        if request is not None:
+            self._guarded(request)
+
+    def _take_from_group(self, frame: pb.ClientFrame) -> bool:
+        """Receive the bytes of the request that has just begun; return whether the session goes on."""
+        request = self._pending
+        if request is None:
+            # Refused, and nobody receives what the client sends.
+            return False
+        try:
+            self._grouping.receive(frame.blocks, request.buffer, frame.total_bytes, self._show_life)
+        except ValueError as error:
+            raise InvalidRequestError(f"{request.kind}: {error}") from None
+        except GroupError as error:
+            self._group_failed(error)
+            return False
+        self._complete()
         return True
 
     def _show_life(self) -> None:
@@ -258,6 +297,8 @@ class Session:
             raise InvalidRequestError(f"{request.kind} before the session is attached")
         elif request.kind == "share":
             self._on_share(self._seat, request.frame.share)
+        elif request.kind == "group":
+            self._answer(pb.ServerFrame(request=self._number, grouped=self._grouping.meet(request.frame.group)))
         else:
             self._post(request, self._seat)
 
