@@ -139,7 +139,7 @@ def test_what_configures_a_client() -> None:
 
 def test_what_configures_a_server() -> None:
     assert [row.flag for row in FIELDS if not row.flag_only] == [
-        "--listen", "--device", "--data-dir", "--snapshot-interval", "--snapshot-keep", "--optimizer", "--insecure",
+        "--listen", "--device", "--data-dir", "--snapshot-interval", "--snapshot-keep", "--optimizer", "--insecure", "--pg",
         "--lease", "--drain-grace", "--memory-limit", "--threads", "--max-sessions", "--log-level", "--log-format",
     ]  # fmt: skip
 

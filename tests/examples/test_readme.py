@@ -73,4 +73,4 @@ def test_fewer_bytes(readme_server: ServerProcess) -> None:
 
 
 def test_there_are_no_other_blocks() -> None:
-    assert len(BLOCKS) == README.count("```python") == 7
+    assert len(BLOCKS) == README.count("```python") == 8

@@ -14,7 +14,7 @@ def local() -> int:
     return peak("torch.optim", "SGD", TENSORS, None)
 
 
-@pytest.mark.parametrize("transport", ["grpc", "shm"])
+@pytest.mark.parametrize("transport", ["grpc", "shm", "pg"])
 def test_a_step_takes_what_it_must_on_both_sides(servers: Servers, local: int, transport: str) -> None:
     found = peaks(servers(), {"transport": transport})
     assert found.server_later <= SERVER_MOST, f"the server of an Adam of {mib(MODEL)} takes {mib(found.server_later)}"

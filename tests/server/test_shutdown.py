@@ -10,7 +10,7 @@ from farstep import Remote, Timeouts, optim
 from tests.support.servers import Servers
 
 
-@pytest.mark.parametrize("transport", ["grpc", "shm"])
+@pytest.mark.parametrize("transport", ["grpc", "shm", "pg"])
 def test_it_ends_in_good_order_under_a_connected_client(servers: Servers, name: str, transport: str) -> None:
     """Its threads come back from native code while it ends; three times, since that is a race."""
     for number in range(3):

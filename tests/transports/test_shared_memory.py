@@ -138,7 +138,7 @@ def test_without_it_tensors_travel_in_messages_and_the_log_says_why_once(
 def test_adoption_and_async_exclude_each_other() -> None:
     with pytest.raises(errors.ConfigurationError, match="adopt_parameters=True with Async"):
         Remote(policy=Async(), adopt_parameters=True)
-    with pytest.raises(errors.ConfigurationError, match="transport 'udp' is not one of 'auto', 'grpc', 'shm'"):
+    with pytest.raises(errors.ConfigurationError, match="transport 'udp' is not one of 'auto', 'grpc', 'shm', 'pg'"):
         Remote(transport="udp")  # type: ignore[arg-type]
 
 

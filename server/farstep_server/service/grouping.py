@@ -120,9 +120,8 @@ class Grouping:
 
     def receive(self, sizes: Sequence[int], buffer: Tensor, total: int, show_life: Callable[[], None]) -> None:
         """Receive a request's bytes into its buffer; GroupError where they do not come, ValueError where sizes are wrong."""
-        group = self._whole()
         tensors = [buffer[start:stop] for start, stop in places(sizes, total)]
-        for _ in group.receive(tensors, self._stall_seconds):
+        for _ in self._whole().receive(tensors, self._stall_seconds):
             show_life()
 
     def announce(self, frame: pb.ServerFrame, reader: ParameterReader) -> bool:
