@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -189,6 +189,13 @@ def _rendezvous(deadline: float) -> Any:
     return Rendezvous()
 
 
+class Posted(NamedTuple):
+    """A block that is under way, and the backend's word of it."""
+
+    work: Any
+    tensor: Tensor
+
+
 class Group:
     """One end of a group of two. One thread may send, another receive, and any thread close it."""
 
@@ -201,31 +208,40 @@ class Group:
         self._received = 1
         _live.add(self)
 
+    def post(self, tensor: Tensor) -> Posted:
+        """Begin to send a block, uint8 on the CPU, which is to be left alone until ``wait`` has returned."""
+        posted = Posted(self._post("send", tensor, self._sent), tensor)
+        self._sent += 1
+        return posted
+
+    def wait(self, posted: Posted, seconds: float) -> None:
+        """Wait until a block has gone through; GroupError, and the group closed, where it does not in that time."""
+        self._wait(posted.work, seconds)
+
     def send(self, tensors: Iterable[Tensor], stall_seconds: float) -> None:
-        """Send blocks, uint8 on the CPU; GroupError where one does not go through within so many seconds of the last.
+        """Send blocks; GroupError where one does not go through within so many seconds of the last.
 
         They may be made one by one: only a few are under way at once. Afterwards, and after a failure, they are free.
         """
-        pending: deque[tuple[Any, Tensor]] = deque()
+        pending: deque[Posted] = deque()
         try:
             for tensor in tensors:
                 if len(pending) == _WINDOW:
-                    self._wait(pending.popleft()[0], stall_seconds)
-                pending.append((self._post("send", tensor, self._sent), tensor))
-                self._sent += 1
+                    self.wait(pending.popleft(), stall_seconds)
+                pending.append(self.post(tensor))
             while pending:
-                self._wait(pending.popleft()[0], stall_seconds)
+                self.wait(pending.popleft(), stall_seconds)
         finally:
             self._end(pending)
 
     def receive(self, tensors: Iterable[Tensor], stall_seconds: float) -> Iterator[Tensor]:
         """Receive blocks into tensors, uint8 on the CPU, and yield each when its bytes are there; see ``send``."""
-        pending: deque[tuple[Any, Tensor]] = deque()
+        pending: deque[Posted] = deque()
         try:
             for tensor in tensors:
                 if len(pending) == _WINDOW:
                     yield self._arrived(pending, stall_seconds)
-                pending.append((self._post("recv", tensor, self._received), tensor))
+                pending.append(Posted(self._post("recv", tensor, self._received), tensor))
                 self._received += 1
             while pending:
                 yield self._arrived(pending, stall_seconds)
@@ -242,11 +258,11 @@ class Group:
             self.close()
             raise GroupError("somebody else has taken the other end's place in the process group")
 
-    def _arrived(self, pending: deque[tuple[Any, Tensor]], stall_seconds: float) -> Tensor:
-        self._wait(pending[0][0], stall_seconds)
-        return pending.popleft()[1]
+    def _arrived(self, pending: deque[Posted], stall_seconds: float) -> Tensor:
+        self.wait(pending[0], stall_seconds)
+        return pending.popleft().tensor
 
-    def _end(self, pending: deque[tuple[Any, Tensor]]) -> None:
+    def _end(self, pending: deque[Posted]) -> None:
         if pending:
             # Closed first: no byte may be read or written any more once the tensors are let go of.
             self.close()

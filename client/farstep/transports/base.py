@@ -51,7 +51,11 @@ class Carrier(ABC):
 
     @abstractmethod
     def send(self, frame: pb.ClientFrame, body: Body) -> None:
-        """Send the bytes of a message that is on its way."""
+        """Begin to send the bytes of a message that is on its way. They are left alone until ``settle``."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """The server has answered the last message, and did not refuse it: its bytes are free."""
 
     @abstractmethod
     def receive(self, frame: pb.ServerFrame, sink: Sink, deadline: float) -> None:

@@ -199,6 +199,8 @@ class GrpcStream(Stream):
         self.deadline = deadline
         try:
             frame, payload = decode(pb.ServerFrame, self._next())
+            if self.carrier is not None and frame.WhichOneof("body") != "failure":
+                self.carrier.settle()
             if frame.blocks:
                 return self._receive_carried(frame, sink_for(frame), deadline)
             incoming = Incoming(frame.total_bytes, sink_for(frame))

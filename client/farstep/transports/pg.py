@@ -17,7 +17,7 @@ from torch import Tensor
 from farstep.transports.base import Carrier
 from farstep_wire.errors import ConfigurationError, DeadlineError, InternalError, UnavailableError
 from farstep_wire.frames import Body, BytesSource, ScatterSink, Sink
-from farstep_wire.process_group import TOKEN_BYTES, Group, GroupError, Making, Unsupported, blocks, places
+from farstep_wire.process_group import TOKEN_BYTES, Group, GroupError, Making, Posted, Unsupported, blocks, places
 from farstep_wire.v1 import optimizer_pb2 as pb
 from farstep_wire.values import memory
 
@@ -26,6 +26,9 @@ Exchange = Callable[[pb.ClientFrame], pb.ServerFrame]
 _MAKING_SECONDS = 20.0
 _MOMENT_SECONDS = 0.5
 _RANK = 1
+_SETTLED_SECONDS = 2.0
+_MOST_GATHERED = 16
+"""Blocks of several tensors, which are copies, that are under way at once: 32 MiB."""
 _GRADIENTS = frozenset({"contribution", "accumulate", "evaluation"})
 
 
@@ -73,6 +76,11 @@ class ProcessGroupCarrier(Carrier):
     def __init__(self, group: Group, stall_seconds: float) -> None:
         self._group = group
         self._stall_seconds = stall_seconds
+        # gloo may fail to wake who waits for a block that was being sent when the connection broke. So nobody waits for
+        # them: the server's answer says that it has them, and the end of the stream that it never will.
+        self._under_way: deque[Posted] = deque()
+        self._body: Body | None = None
+        self._gathered = 0
 
     @property
     def name(self) -> str:
@@ -88,12 +96,39 @@ class ProcessGroupCarrier(Carrier):
         return body
 
     def send(self, frame: pb.ClientFrame, body: Body) -> None:
-        """Send the gradients; see Carrier."""
-        tensors = (_block(body, start, stop) for start, stop in places(frame.blocks, body.nbytes))
+        """Begin to send the gradients; see Carrier."""
         try:
-            self._group.send(tensors, self._stall_seconds)
+            self._finish()
+            self._body = body
+            for start, stop in places(frame.blocks, body.nbytes):
+                pieces = body.slices(start, stop)
+                if len(pieces) > 1:
+                    self._make_room()
+                    pieces = [memoryview(bytearray().join(pieces))]
+                self._under_way.append(self._group.post(_of(pieces[0])))
         except GroupError as error:
             raise UnavailableError(str(error)) from None
+
+    def _make_room(self) -> None:
+        """Wait for the oldest blocks, where many copies are under way."""
+        self._gathered += 1
+        if self._gathered > _MOST_GATHERED:
+            while self._under_way:
+                self._group.wait(self._under_way.popleft(), self._stall_seconds)
+            self._gathered = 1
+
+    def settle(self) -> None:
+        """Let go of what was sent: the server has it; see Carrier."""
+        try:
+            self._finish()
+        except GroupError as error:
+            raise UnavailableError(str(error)) from None
+
+    def _finish(self) -> None:
+        # A moment at most: it has gone through already, or never will, since the server did not take it.
+        while self._under_way:
+            self._group.wait(self._under_way.popleft(), _SETTLED_SECONDS)
+        self._body, self._gathered = None, 0
 
     def receive(self, frame: pb.ServerFrame, sink: Sink, deadline: float) -> None:
         """Receive parameters; see Carrier."""
@@ -121,11 +156,8 @@ class ProcessGroupCarrier(Carrier):
     def close(self) -> None:
         """Give the group up."""
         self._group.close()
-
-
-def _block(body: Body, start: int, stop: int) -> Tensor:
-    pieces = body.slices(start, stop)
-    return _of(pieces[0]) if len(pieces) == 1 else _of(memoryview(bytearray().join(pieces)))
+        self._under_way.clear()
+        self._body = None
 
 
 def _of(data: memoryview) -> Tensor:

@@ -34,7 +34,8 @@ def tensor_memory(buffer: Tensor) -> memoryview:
 class ParameterReader:
     """The bytes of the parameters at one version, to be read in ranges by another thread.
 
-    ``layout``: what lies where. ``holdable``: the owner can leave the buffer to those who read it in place; else they get a copy.
+    ``layout``: what lies where. ``holdable``: the owner can leave the buffer to those who read it in place; else they get a
+    copy.
     """
 
     def __init__(self, buffer: Tensor, layout: Layout, *, holdable: bool = True) -> None:

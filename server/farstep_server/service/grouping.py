@@ -125,7 +125,7 @@ class Grouping:
             show_life()
 
     def announce(self, frame: pb.ServerFrame, reader: ParameterReader) -> bool:
-        """Say in a reply's frame that the parameters come through the group; False where there is none, or they are narrowed."""
+        """Say in a reply's frame that the parameters come through the group; False: they go with the frames."""
         layout = reader.layout
         if self.group is None or not reader.nbytes or reader.nbytes != layout.arena.nbytes:
             return False

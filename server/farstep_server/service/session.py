@@ -21,40 +21,29 @@ from farstep_server.core.parameters import ParameterReader
 from farstep_server.hosting.directory import Blueprint, Directory
 from farstep_server.hosting.owner import Owner
 from farstep_server.logs import log_event
+from farstep_server.service.attaching import ON_EXISTING, blueprint_of, check_protocol
 from farstep_server.service.encoding import attached, encode_reply
 from farstep_server.service.grouping import Grouping
 from farstep_server.service.receiving import WireFormats
-from farstep_server.service.requests import NO_LAYOUT, Decoder, Request, read_layout
+from farstep_server.service.requests import NO_LAYOUT, Decoder, Request
 from farstep_server.service.sharing import Sharing
-from farstep_wire.address import check_name
-from farstep_wire.convert import policy_from_proto, wire_from_proto
+from farstep_wire.convert import wire_from_proto
 from farstep_wire.errors import (
     Applied,
-    ConfigurationError,
     FarstepError,
     InternalError,
     InvalidRequestError,
-    ProtocolError,
 )
 from farstep_wire.frames import Incoming, NullSink, decode, encode
 from farstep_wire.layout import Layout
-from farstep_wire.limits import OLDEST_PROTOCOL, PROTOCOL, WORKER_BYTES
 from farstep_wire.process_group import GroupError
-from farstep_wire.settings import Settings
 from farstep_wire.v1 import optimizer_pb2 as pb
-from farstep_wire.values import from_map
 
 _LOGGER = logging.getLogger(__name__)
 _JOIN_SECONDS = 60.0
 _TOUCH_SECONDS = 1.0
 _LONGEST_WAIT_SECONDS = 3600.0
 _STEPS = frozenset({"contribution", "accumulate", "evaluation"})
-_ON_EXISTING = {
-    pb.ON_EXISTING_UNSPECIFIED: "attach",
-    pb.ON_EXISTING_ATTACH: "attach",
-    pb.ON_EXISTING_ERROR: "error",
-    pb.ON_EXISTING_REPLACE: "replace",
-}
 
 Outbox = queue.SimpleQueue[tuple[pb.ServerFrame, None] | tuple[int, ev.Reply] | None]
 
@@ -323,8 +312,8 @@ class Session:
     def _on_attach(self, request: Request, attach: pb.Attach) -> None:
         if self._seat is not None or self._creation is not None:
             raise InvalidRequestError("attach in a session that is attached")
-        _check_protocol(attach)
-        blueprint = _blueprint(request, attach)
+        check_protocol(attach)
+        blueprint = blueprint_of(request, attach)
         entry, wire = self._directory.entry(blueprint.optimizer), wire_from_proto(attach)
         if wire.compresses and entry.drives_closure:
             raise InvalidRequestError(
@@ -335,7 +324,7 @@ class Session:
             owner: Owner | None = self._directory.find_again(blueprint.name)
         else:
             wait = min(attach.wait_ms / 1000, _LONGEST_WAIT_SECONDS)
-            on_existing = _ON_EXISTING.get(attach.on_existing, "attach")
+            on_existing = ON_EXISTING.get(attach.on_existing, "attach")
             owner = self._directory.find_or_reserve(blueprint, attach.worker, on_existing, wait, self._is_active)
         if owner is None:
             self._reserved(_Creation(blueprint, attach))
@@ -396,40 +385,3 @@ class Session:
     def _answer(self, frame: pb.ServerFrame) -> None:
         self._awaited += 1
         self._outbox.put((frame, None))
-
-
-def _check_protocol(attach: pb.Attach) -> None:
-    if not OLDEST_PROTOCOL <= attach.protocol <= PROTOCOL:
-        raise ProtocolError(
-            f"the client ({attach.client_version or 'unknown release'}) speaks protocol revision {attach.protocol}; this "
-            f"server serves {OLDEST_PROTOCOL} to {PROTOCOL}. Install the same farstep release on both sides"
-        )
-
-
-def _blueprint(request: Request, attach: pb.Attach) -> Blueprint:
-    if not attach.worker or len(attach.worker.encode()) > WORKER_BYTES or not attach.instance:
-        raise InvalidRequestError(
-            f"attach: worker {attach.worker!r} must be 1 to {WORKER_BYTES} bytes, with an instance"
-        )
-    layout, options = read_layout(request.buffer)
-    if not layout.parameters:
-        raise InvalidRequestError("attach: the layout has no parameters")
-    arguments = from_map(attach.arguments, "arguments")
-    for key in arguments:
-        if not isinstance(key, str):
-            raise InvalidRequestError(f"attach: arguments has the name {key!r}, which is no text")
-    try:
-        name = check_name(attach.name)
-    except ConfigurationError as error:
-        raise InvalidRequestError(f"attach: {error}") from None
-    return Blueprint(
-        name,
-        attach.optimizer,
-        arguments,
-        layout,
-        options,
-        policy_from_proto(attach.policy),
-        attach.ephemeral,
-        attach.default_dtype or "float32",
-        Settings().changed(from_map(attach.settings, "settings")) if attach.HasField("settings") else None,
-    )
