@@ -89,6 +89,8 @@ class Remote:
         wire_dtype: how float32 tensors are made smaller for the way: ``"bfloat16"`` or ``"float16"`` (or the torch dtype) in
             both directions, ``"int8"`` or ``"topk"`` for gradients, or a ``farstep.Wire(...)`` that says it for each direction.
             The server's own stay float32. Such tensors travel over gRPC. None: as they are, bit for bit.
+        overlap: have gradients leave during ``backward`` and parameters come in during the next ``forward``; see
+            ``opt.remote.overlap``.
         token, tls: no server of this release takes them; anything but None is a ConfigurationError.
     """
 
@@ -106,6 +108,7 @@ class Remote:
     detect_edits: bool = True
     settings: Settings | None = None
     adopt_parameters: bool = False
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         for unserved in ("token", "tls"):

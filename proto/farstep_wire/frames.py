@@ -245,6 +245,11 @@ class Incoming:
         return f"{self._received} of {self._total} bytes"
 
     @property
+    def received(self) -> int:
+        """How many bytes have come."""
+        return self._received
+
+    @property
     def complete(self) -> bool:
         """Whether every byte has come."""
         return self._received == self._total

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from farstep import inspection
 from farstep.inspection import Description, Round, SnapshotInfo
+from farstep.session.overlap import BUCKET_BYTES, OverlapOptions, check_modules
 from farstep.session.session import Session
 from farstep.transports.base import Traffic
 from farstep_wire.settings import Settings
@@ -105,6 +108,42 @@ class RemoteHandle:
                 plain ``pull()``; until then ``step`` refuses. NotFoundError: none is kept (``Settings(ema_decay=...)``).
         """
         return self._session.pull(average)
+
+    def overlap(self, *modules: nn.Module, late_parameters: bool = True, bucket_bytes: int = BUCKET_BYTES) -> None:
+        """From now on overlap transfers with computation: the bits stay those without.
+
+        Gradients leave in buckets as ``backward`` finishes them; ``step`` sends those again that were changed since, as by
+        clipping. ``step`` returns as soon as it is known what became of it; a module's forward waits for the parameters that the
+        module owns. Parameters that are read without a call of their module are found out in the first iteration, and ``step``
+        waits for them. What else reads or changes parameters between ``step`` and the next forward (weight clipping, an average
+        of your own, a copy of the model) calls ``opt.remote.wait()`` first; ``state_dict`` of a module need not.
+
+        In shared memory gradients move during ``backward`` anyway, and there is little to win. With a ``wire_dtype`` for
+        gradients nothing overlaps.
+
+        Args:
+            modules: the model; without any, all modules that own parameters of this optimizer are looked for.
+            late_parameters: False has ``step`` wait for all parameters.
+            bucket_bytes: how much is sent at once, at least.
+
+        TypeError: what is no module. ValueError: the size is not positive. ConfigurationError: the optimizer drives a closure.
+        """
+        if bucket_bytes <= 0:
+            raise ValueError(f"bucket_bytes must be positive, not {bucket_bytes!r}")
+        self._session.overlap(OverlapOptions(check_modules(modules), bucket_bytes, late_parameters))
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """With overlap: send no gradients while the context lasts, as for all but the last backward of an accumulation."""
+        overlapping = self._session.overlapping
+        with nullcontext() if overlapping is None else overlapping.no_sync():
+            yield
+
+    def wait(self) -> None:
+        """With overlap: wait until all parameters have come in. Returns at once where nothing is on its way."""
+        overlapping = self._session.overlapping
+        if overlapping is not None:
+            overlapping.await_all()
 
     def accumulate(self) -> None:
         """Move the gradients as they stand to the server, where they wait for this worker's next ``step``.

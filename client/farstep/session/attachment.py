@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from farstep.session.groups import Groups
 from farstep.session.lanes import Exchange, Lanes
 from farstep.session.link import Link
 from farstep.session.options import OptionTracker, sendable
+from farstep.session.overlap import Overlap, OverlapOptions
 from farstep.session.placement import locate, policy_of, worker_of
 from farstep.session.replicas import ReplicaGuard
 from farstep.session.snapshot import FetchedState
@@ -69,6 +71,8 @@ class Attachment:
         self._torn = False
         self._lanes = Lanes(remote, self.address)
         self._feedback = _feedback_of(remote, subject)
+        self._overlaps = OverlapOptions() if remote.overlap else None
+        self._overlap: Overlap | None = None
         self._replicas = ReplicaGuard(self.policy)
         self.schedules = Declared()
         self.accumulated = 0
@@ -121,6 +125,7 @@ class Attachment:
             for group, message in zip(groups, attached.groups, strict=False):
                 group.update(from_map(message, "param_groups"))
         self._options.acknowledge(groups)
+        self._renew_overlap()
         what = "created" if attached.outcome == pb.Attached.OUTCOME_CREATED else "joined"
         _LOGGER.info(
             "farstep: %s %r at %s as worker %s: version %d on %s", what, self.name, self.address, self.worker,
@@ -223,8 +228,37 @@ class Attachment:
         lane = None if self._link is None else self._link.lane
         return lane is not None and lane.adopted
 
+    def overlap(self, options: OverlapOptions) -> None:
+        """Have transfers overlap with computation from now on, as long as the session is there.
+
+        ConfigurationError: the server asks for gradients by evaluating a closure.
+        """
+        if self.subject.drives_closure:
+            raise ConfigurationError(
+                f"{self.subject.optimizer} asks its closure for gradients, which are awaited at once: nothing can overlap"
+            )
+        self._overlaps = options
+        self._renew_overlap()
+
+    def _renew_overlap(self) -> None:
+        if self._overlap is not None:
+            self._overlap.await_all()
+            self._overlap.close()
+            self._overlap = None
+        if self._overlaps is not None and self.remote.wire.gradients is None:
+            own = weakref.ref(self)
+            self._overlap = Overlap(self.binding, _link_of(own), self._check_whole, self._overlaps)
+
+    @property
+    def overlapping(self) -> Overlap | None:
+        """What overlaps, if anything does."""
+        return self._overlap
+
     def _check_whole(self) -> None:
         """Pull parameters that are a mixture of versions, or that were adopted from a server that has gone since."""
+        self.link.finish_arrival()
+        if self.link.broken_arrival:
+            self._torn, self.link.broken_arrival = True, False
         if self._torn or (self.binding.adopted and not self._adopts):
             self.binding.adopted = False
             self._pull()
@@ -244,6 +278,9 @@ class Attachment:
 
     def close(self) -> None:
         """Leave the hosted optimizer; the next use attaches again."""
+        if self._overlap is not None:
+            self._overlap.close()
+            self._overlap = None
         link, self._link = self._link, None
         if link is not None:
             link.close()
@@ -258,6 +295,14 @@ class Attachment:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["remote"], state["subject"])  # type: ignore[misc]
         self.policy, self.worker, self.ephemeral = state["policy"], state["worker"], state["ephemeral"]
+
+
+def _link_of(session: weakref.ref[Attachment]) -> Callable[[], Link | None]:
+    def link() -> Link | None:
+        alive = session()
+        return None if alive is None else alive._link
+
+    return link
 
 
 def _feedback_of(remote: Remote, subject: Subject) -> Feedback | None:

@@ -359,7 +359,21 @@ class Binding:
             with torch.no_grad():
                 for tensor, staging in self._staged:
                     tensor.copy_(staging)
+        self.announce()
+        self.settle()
+
+    @property
+    def may_come_late(self) -> bool:
+        """Whether each parameter's bytes go straight to where it lies, so that it is there as soon as they are."""
+        self._look()
+        return self._wire.parameters is None and not self._staged
+
+    def announce(self) -> None:
+        """Let autograd know of the change, before a forward reads what it changes to."""
         torch.autograd.graph.increment_version(self.tensors)
+
+    def settle(self) -> None:
+        """Take the parameters as they are for what the server has."""
         if not self.adopted:
             self._edits.remember()
 

@@ -130,6 +130,7 @@ class Holdings(Attachment):
         self._options.acknowledge_group(groups, number)
         self.link.renew_lane()
         self._adopt()
+        self._renew_overlap()
 
     def _settle_feedback(self) -> None:
         """Find out whether compressed gradients of which nothing is known were used."""

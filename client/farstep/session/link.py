@@ -17,7 +17,8 @@ from uuid import uuid4
 
 from farstep.config import Remote
 from farstep.embedded import embedded_server_ended
-from farstep.transports.base import Carrier, Lane, SinkFor, Stream, Traffic, Transport
+from farstep.session.arrivals import Arrival
+from farstep.transports.base import Carrier, Lane, Rest, SinkFor, Stream, Traffic, Transport
 from farstep.transports.grpc import GrpcTransport
 from farstep_wire import __version__
 from farstep_wire.address import Address
@@ -84,6 +85,12 @@ class Link:
         self._describe_attach = describe_attach
         self._open_lane = open_lane
         self.lane: Lane | None = None
+        self.arrival: Arrival | None = None
+        """The bytes of the last reply, where they are still on their way in."""
+        self.broken_arrival = False
+        """Whether the last parameters have not all come; for the session to pull them, and to say so."""
+        self.streams = 0
+        """How many streams there have been."""
         self._transport: Transport | None = None
         self._stream: Stream | None = None
         self._ended_traffic = Traffic()
@@ -140,6 +147,7 @@ class Link:
         if self._transport is None:
             self._transport = GrpcTransport(self.address)
         self._stream = self._transport.open(deadline)
+        self.streams += 1
         self._requests = 0
         attach, layout = self._describe_attach()
         attach.protocol, attach.client_version = PROTOCOL, __version__
@@ -200,6 +208,7 @@ class Link:
 
         UnavailableError (DeadlineError where time ran out): ``applied`` is UNKNOWN, or NONE where the request only ``reads``.
         """
+        self.finish_arrival()
         deadline = time.monotonic() + self._remote.timeouts.seconds("step")
         self._broken_since = None
 
@@ -230,6 +239,12 @@ class Link:
         self._broken_since = None
         self._until(lambda: self._ensure(deadline), deadline, lambda error: self._gave_up(error, reads=True))
 
+    @property
+    def open(self) -> bool:
+        """Whether there is a stream to send on just now, and tensors go in its messages."""
+        stream = self._stream
+        return stream is not None and stream.carrier is None and self.lane is None and self._process == os.getpid()
+
     def send(self, frame: pb.ClientFrame, body: BytesSource = EMPTY) -> None:
         """Send a message on the stream as it is; UnavailableError where a request in between has lost it."""
         self._requests += 1
@@ -248,6 +263,23 @@ class Link:
         if frame.WhichOneof("body") == "failure":
             raise _failure(frame.failure)
         return frame
+
+    def receive_first(self, sink_for: SinkFor, deadline: float) -> tuple[pb.ServerFrame, Rest | None]:
+        """Return the next reply as soon as its header is there, and what receives the rest; see Stream."""
+        frame, rest = self._whole().receive_first(sink_for, deadline)
+        if frame.WhichOneof("body") == "failure":
+            raise _failure(frame.failure)
+        return frame, rest
+
+    def finish_arrival(self) -> None:
+        """Wait for what is still on its way in; where it does not come, ``broken_arrival`` says so."""
+        arrival = self.arrival
+        if arrival is not None:
+            whole = arrival.finish()
+            self.arrival = None
+            if not whole:
+                self.broken_arrival = True
+                self._drop_stream()
 
     def _exchange(self, frame: pb.ClientFrame, body: BytesSource, deadline: float) -> pb.ServerFrame:
         self.send(frame, body)
@@ -345,6 +377,9 @@ class Link:
 
     def close(self) -> None:
         """Leave, as far as that can be said in a moment, and drop the connection."""
+        self.finish_arrival()
+        if self.broken_arrival:
+            _LOGGER.warning("farstep: the last parameters from %s have not all come: these are a mixture", self.address)
         if self._stream is not None and self._process == os.getpid():
             try:
                 self._exchange(pb.ClientFrame(leave=pb.Leave()), EMPTY, time.monotonic() + _LEAVE_SECONDS)

@@ -70,8 +70,10 @@ class Session(Holdings):
         message.forms.extend(forms_to_proto(load.forms))
         message.edits.extend(edits_to_proto(edits))
         message.edited_parameters.extend(edited)
-        result = self._contribute(message, load, self._receive_step)
-        return self._after_step(result, edits, abstain=abstain)
+        result = self._after_step(self._contribute(message, load, self._receive_step), edits, abstain=abstain)
+        if self._overlap is not None:
+            self._overlap.await_needed()
+        return result
 
     def accumulate(self, groups: Groups) -> None:
         """Add the gradients as they stand to those that wait on the server for the next contribution."""
@@ -172,6 +174,9 @@ class Session(Holdings):
                 # Applied before the connection broke: only the recorded answer is wanted.
                 known = pb.Contribution(epoch=message.epoch, sequence=message.sequence, abstain=True)
                 return pb.ClientFrame(contribution=known), EMPTY
+            message.staged = self._overlap is not None and self._overlap.complete(self.link, load)
+            if message.staged:
+                return pb.ClientFrame(contribution=message), load.rest
             message.shared, body = load.through(self.link.lane)
             return pb.ClientFrame(contribution=message), body
 
@@ -181,11 +186,23 @@ class Session(Holdings):
         else:
             stepped = self._feedback.follow(message.sequence, lambda: self.link.call(make, handle), _used)
         self._unsettled = False
+        if self._overlap is not None:
+            self._overlap.settled()
         self.step_traffic = self.link.traffic - before
         return stepped
 
     def _receive_step(self, link: Link, deadline: float) -> pb.Stepped:
-        return self._stepped(link.receive(self._sink_for, deadline))
+        overlap = self._overlap
+        if overlap is None or not overlap.late or not self.binding.may_come_late:
+            return self._stepped(link.receive(self._sink_for, deadline))
+        frame, rest = link.receive_first(self._sink_for, deadline)
+        if rest is None:
+            return self._stepped(frame)
+        if frame.WhichOneof("body") != "stepped":
+            raise internal(f"{frame.WhichOneof('body')} where stepped is due")
+        overlap.begin(link, rest)
+        self._holds_average = False
+        return frame.stepped
 
     def _stepped(self, frame: pb.ServerFrame) -> pb.Stepped:
         if frame.WhichOneof("body") != "stepped":

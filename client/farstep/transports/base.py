@@ -19,6 +19,9 @@ from farstep_wire.v1 import optimizer_pb2 as pb
 SinkFor = Callable[[pb.ServerFrame], Sink]
 """Chooses where the bytes of a reply go, from its header; may raise to refuse it."""
 
+Rest = Callable[[Callable[[int], None]], None]
+"""Receives what is left of a reply, and tells after each part how many bytes there are by then; raises as ``receive`` does."""
+
 
 @dataclass(frozen=True)
 class Traffic:
@@ -88,6 +91,13 @@ class Stream(ABC):
         ``deadline`` is on ``time.monotonic``. DeadlineError: it has passed; UnavailableError: the stream broke. In both
         cases the sink may have been written to in part.
         """
+
+    def receive_first(self, sink_for: SinkFor, deadline: float) -> tuple[pb.ServerFrame, Rest | None]:
+        """Return the next reply as soon as its header is there, and what receives the rest of its bytes, where some are left.
+
+        That may be called from another thread, once, and before anything else is received.
+        """
+        return self.receive(sink_for, deadline), None
 
     @abstractmethod
     def keep_alive(self, interval_seconds: float) -> None:

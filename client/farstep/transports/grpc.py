@@ -14,13 +14,15 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
 import grpc
 
-from farstep.transports.base import SinkFor, Stream, Traffic, Transport
+from farstep.transports.base import Rest, SinkFor, Stream, Traffic, Transport
 from farstep_wire.address import Address
 from farstep_wire.errors import ConfigurationError, DeadlineError, FarstepError, InternalError, UnavailableError
 from farstep_wire.frames import EMPTY, BytesSource, Incoming, Sink, decode, encode
@@ -129,6 +131,10 @@ class _RoundTrip:
             call.cancel()
 
 
+def _nobody_counts(received: int) -> None:
+    del received
+
+
 class GrpcStream(Stream):
     """One call of OptimizerService.Session."""
 
@@ -195,20 +201,42 @@ class GrpcStream(Stream):
             raise self._not_carried
         return frame
 
+    def receive_first(self, sink_for: SinkFor, deadline: float) -> tuple[pb.ServerFrame, Rest | None]:
+        """Return the next reply's header, and what receives the rest; see Stream."""
+        if self._not_carried is not None:
+            return self.receive(sink_for, deadline), None
+        return self._receive_first(sink_for, deadline)
+
     def _receive(self, sink_for: SinkFor, deadline: float) -> pb.ServerFrame:
-        self.deadline = deadline
-        try:
+        frame, rest = self._receive_first(sink_for, deadline)
+        if rest is not None:
+            rest(_nobody_counts)
+        return frame
+
+    def _receive_first(self, sink_for: SinkFor, deadline: float) -> tuple[pb.ServerFrame, Rest | None]:
+        with self._by(deadline):
             frame, payload = decode(pb.ServerFrame, self._next())
             if self.carrier is not None and frame.WhichOneof("body") != "failure":
                 self.carrier.settle()
             if frame.blocks:
-                return self._receive_carried(frame, sink_for(frame), deadline)
+                return self._receive_carried(frame, sink_for(frame), deadline), None
             incoming = Incoming(frame.total_bytes, sink_for(frame))
             incoming.take(frame.offset, payload)
+        return frame, None if incoming.complete else partial(self._rest, incoming, deadline)
+
+    def _rest(self, incoming: Incoming, deadline: float, progress: Callable[[int], None]) -> None:
+        with self._by(deadline):
             while not incoming.complete:
                 part, payload = decode(pb.ServerFrame, self._next())
                 incoming.take(part.offset, payload)
-            return frame
+                progress(incoming.received)
+
+    @contextmanager
+    def _by(self, deadline: float) -> Iterator[None]:
+        """Have the watchdog cancel the call after the deadline; name what breaks."""
+        self.deadline = deadline
+        try:
+            yield
         except StopIteration:
             raise UnavailableError(f"the server at {self._address} ended the session") from None
         except grpc.RpcError as error:

@@ -110,6 +110,7 @@ class ClientFrame(_message.Message):
     LEAVE_FIELD_NUMBER: _builtins.int
     ACCUMULATE_FIELD_NUMBER: _builtins.int
     SHARE_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
     GROUP_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
@@ -176,6 +177,10 @@ class ClientFrame(_message.Message):
         """Asks for memory that both sides see, or answers what was offered."""
 
     @_builtins.property
+    def stage(self) -> Global___Stage:
+        """Brings gradients before their contribution; it has no reply."""
+
+    @_builtins.property
     def group(self) -> Global___Group:
         """Makes a process group for the bytes of tensors."""
 
@@ -202,17 +207,18 @@ class ClientFrame(_message.Message):
         leave: Global___Leave | None = ...,
         accumulate: Global___Accumulate | None = ...,
         share: Global___Share | None = ...,
+        stage: Global___Stage | None = ...,
         group: Global___Group | None = ...,
         total_bytes: _builtins.int = ...,
         offset: _builtins.int = ...,
         payload: _builtins.bytes = ...,
         blocks: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accumulate", b"accumulate", "add_param_group", b"add_param_group", "attach", b"attach", "body", b"body", "contribution", b"contribution", "evaluation", b"evaluation", "get_state", b"get_state", "group", b"group", "heartbeat", b"heartbeat", "leave", b"leave", "load_state", b"load_state", "pull", b"pull", "share", b"share", "upload", b"upload", "zero_grad", b"zero_grad"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accumulate", b"accumulate", "add_param_group", b"add_param_group", "attach", b"attach", "body", b"body", "contribution", b"contribution", "evaluation", b"evaluation", "get_state", b"get_state", "group", b"group", "heartbeat", b"heartbeat", "leave", b"leave", "load_state", b"load_state", "pull", b"pull", "share", b"share", "stage", b"stage", "upload", b"upload", "zero_grad", b"zero_grad"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accumulate", b"accumulate", "add_param_group", b"add_param_group", "attach", b"attach", "blocks", b"blocks", "body", b"body", "contribution", b"contribution", "evaluation", b"evaluation", "get_state", b"get_state", "group", b"group", "heartbeat", b"heartbeat", "leave", b"leave", "load_state", b"load_state", "offset", b"offset", "payload", b"payload", "pull", b"pull", "request", b"request", "share", b"share", "total_bytes", b"total_bytes", "upload", b"upload", "zero_grad", b"zero_grad"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accumulate", b"accumulate", "add_param_group", b"add_param_group", "attach", b"attach", "blocks", b"blocks", "body", b"body", "contribution", b"contribution", "evaluation", b"evaluation", "get_state", b"get_state", "group", b"group", "heartbeat", b"heartbeat", "leave", b"leave", "load_state", b"load_state", "offset", b"offset", "payload", b"payload", "pull", b"pull", "request", b"request", "share", b"share", "stage", b"stage", "total_bytes", b"total_bytes", "upload", b"upload", "zero_grad", b"zero_grad"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["attach", "upload", "contribution", "evaluation", "zero_grad", "pull", "get_state", "load_state", "add_param_group", "heartbeat", "leave", "accumulate", "share", "group"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["attach", "upload", "contribution", "evaluation", "zero_grad", "pull", "get_state", "load_state", "add_param_group", "heartbeat", "leave", "accumulate", "share", "stage", "group"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -715,6 +721,7 @@ class Contribution(_message.Message):
     INCARNATION_FIELD_NUMBER: _builtins.int
     ACCUMULATED_FIELD_NUMBER: _builtins.int
     SHARED_FIELD_NUMBER: _builtins.int
+    STAGED_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The session's epoch."""
     sequence: _builtins.int
@@ -736,6 +743,10 @@ class Contribution(_message.Message):
     shared: _builtins.bool
     """The gradients lie in the session's shared memory, each at its place among dense ones, and only the edited parameters are
     among the bytes; the forms say no more than which are absent. The parameters are to be left in shared memory too.
+    """
+    staged: _builtins.bool
+    """The gradients have come in Stages since the session's last contribution, and only the edited parameters are among the bytes;
+    the forms say no more than which are absent.
     """
     @_builtins.property
     def forms(self) -> _containers.RepeatedCompositeFieldContainer[Global___GradientForm]:
@@ -765,14 +776,41 @@ class Contribution(_message.Message):
         incarnation: _builtins.int = ...,
         accumulated: _builtins.int = ...,
         shared: _builtins.bool = ...,
+        staged: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abstain", b"abstain", "accumulated", b"accumulated", "closure", b"closure", "edited_parameters", b"edited_parameters", "edits", b"edits", "epoch", b"epoch", "forms", b"forms", "incarnation", b"incarnation", "num_samples", b"num_samples", "omit_parameters", b"omit_parameters", "sequence", b"sequence", "shared", b"shared", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abstain", b"abstain", "accumulated", b"accumulated", "closure", b"closure", "edited_parameters", b"edited_parameters", "edits", b"edits", "epoch", b"epoch", "forms", b"forms", "incarnation", b"incarnation", "num_samples", b"num_samples", "omit_parameters", b"omit_parameters", "sequence", b"sequence", "shared", b"shared", "staged", b"staged", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Contribution: _TypeAlias = Contribution  # noqa: Y015
+
+@_typing.final
+class Stage(_message.Message):
+    """Gradients of a contribution that is still to come, sent while backward goes on. Those of a parameter that come again replace
+    the ones before. Bytes: each gradient, dense with the parameter's own strides, padded to 64 bytes.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def parameters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The parameters, in the order of the bytes."""
+
+    def __init__(
+        self,
+        *,
+        parameters: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Stage: _TypeAlias = Stage  # noqa: Y015
 
 @_typing.final
 class Accumulate(_message.Message):

@@ -17,14 +17,20 @@ Gradients = list[Tensor | None]
 class Staged:
     """The bytes of one contribution in a host buffer, and the plan that says what lies where.
 
-    ``buffer`` may be longer than the plan. ``views``: the gradients, where they are known. ``borrowed``: the memory of the
-    worker's in which they lie, each at its place among dense ones, and not in the buffer.
+    ``buffer`` may be longer than the plan. ``views``: the gradients, where they are known. ``elsewhere``: the memory in which
+    they lie, each at its place among dense ones, and not in the buffer; the worker's, or the server's ``own``.
     """
 
     plan: GradientPlan
     buffer: Tensor
     views: Gradients | None = None
-    borrowed: Tensor | None = None
+    elsewhere: Tensor | None = None
+    own: bool = False
+
+    @property
+    def borrowed(self) -> bool:
+        """Whether the gradients lie in the worker's memory."""
+        return self.elsewhere is not None and not self.own
 
 
 def materialize(staged: Staged, layout: Layout, device: torch.device) -> tuple[Gradients, dict[int, Tensor]]:
@@ -38,8 +44,8 @@ def materialize(staged: Staged, layout: Layout, device: torch.device) -> tuple[G
     edited = {index: spec.view(buffer, offset) for index, spec, offset in plan.edited}
     if staged.views is not None and device.type == "cpu":
         return list(staged.views), edited
-    if staged.views is not None and staged.borrowed is not None:
-        moved = staged.borrowed.to(device)
+    if staged.views is not None and staged.elsewhere is not None:
+        moved = staged.elsewhere.to(device)
         places = zip(layout.specs, layout.gradients.offsets, staged.views, strict=True)
         return [None if view is None else spec.view(moved, offset) for spec, offset, view in places], edited
     gradients: Gradients = []

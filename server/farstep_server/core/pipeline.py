@@ -82,7 +82,7 @@ class Pipeline:
     def part(self, staged: Staged) -> tuple[Part, dict[int, Tensor]]:
         """Return a worker's part in a round and the parameters that were edited there."""
         gradients, edited = materialize(staged, self.engine.layout, self.engine.store.device)
-        borrowed = staged.borrowed is not None and self.engine.store.device.type == "cpu"
+        borrowed = staged.borrowed and self.engine.store.device.type == "cpu"
         return Part(gradients, borrowed, staged), edited
 
     def reduce(self, parts: Mapping[str, Part], shares: Sequence[float] | None, *, guarded: bool = True) -> Gradients:

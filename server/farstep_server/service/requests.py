@@ -11,6 +11,7 @@ from torch import Tensor
 from farstep_server.core import events as ev
 from farstep_server.core.gradients import Staged, check_indices
 from farstep_server.core.parameters import tensor_memory
+from farstep_server.service.early import EarlyGradients
 from farstep_server.service.receiving import Arrival, WireFormats
 from farstep_server.service.sharing import Sharing
 from farstep_server.service.staging import StagingBuffers, new_buffer
@@ -41,7 +42,7 @@ class Request:
     layout: Layout
     arrival: Arrival | None = None
     views: list[Tensor | None] | None = None
-    borrowed: Staged | None = None
+    elsewhere: Staged | None = None
 
     def event(self, ticket: ev.Ticket, worker: str) -> ev.Event:
         """Return the event that the complete request stands for; ValueError or TypeError names a bad field."""
@@ -92,8 +93,8 @@ class Request:
         return ev.Accumulate(ticket, worker, message.epoch, message.sequence, staged)
 
     def _staged(self) -> Staged | None:
-        if self.arrival is None or self.borrowed is not None:
-            return self.borrowed
+        if self.arrival is None or self.elsewhere is not None:
+            return self.elsewhere
         self.arrival.finish(self.buffer, self.layout)
         staged = Staged(self.arrival.plan, self.buffer, self.views)
         check_indices(staged, self.layout)
@@ -162,6 +163,7 @@ class Decoder:
         self._formats = formats
         self._sharing = sharing
         self._staging = StagingBuffers(limit_bytes, pinned=pinned)
+        self.early = EarlyGradients(self._staging)
 
     def begin(self, frame: pb.ClientFrame, layout: Layout, *, keep_last: bool) -> Request:
         """Return the request that a frame begins; InvalidRequestError or ResourceExhaustedError where it cannot be.
@@ -169,6 +171,8 @@ class Decoder:
         ``keep_last``: the gradients of the last one are still read.
         """
         kind = frame.WhichOneof("body") or ""
+        if kind == "stage":
+            return self._stage(frame, layout, keep_last=keep_last)
         try:
             arrival = self._arrival(frame, kind, layout)
         except ValueError as error:
@@ -180,23 +184,38 @@ class Decoder:
             buffer = new_buffer(frame.total_bytes, self._limit_bytes)
             incoming = Incoming(frame.total_bytes, BufferSink(tensor_memory(buffer)))
             return Request(frame, kind, buffer, incoming, layout)
-        buffer = self._staging.take(arrival.plan.nbytes, keep_last=keep_last)
+        if _came_early(frame, kind):
+            buffer = new_buffer(arrival.plan.nbytes, self._limit_bytes)
+        else:
+            self.early.forget()
+            buffer = self._staging.take(arrival.plan.nbytes, keep_last=keep_last)
         incoming = Incoming(frame.total_bytes, arrival.sink(buffer))
         views = self._staging.views(layout) if arrival.plan is layout.dense_plan else None
         request = Request(frame, kind, buffer, incoming, layout, arrival, views)
-        if _in_shared_memory(frame, kind):
-            request.borrowed = self._borrowed(frame, kind, layout, arrival.plan, buffer)
+        if _lies_elsewhere(frame, kind):
+            request.elsewhere = self._elsewhere(frame, kind, layout, arrival.plan, buffer)
         return request
 
-    def _borrowed(self, frame: pb.ClientFrame, kind: str, layout: Layout, plan: GradientPlan, buffer: Tensor) -> Staged:
-        forms = forms_from_proto(getattr(frame, kind).forms, layout)
+    def _stage(self, frame: pb.ClientFrame, layout: Layout, *, keep_last: bool) -> Request:
         try:
-            return self._sharing.staged(layout, forms, plan, buffer)
+            sink = self.early.sink(frame.stage.parameters, frame.total_bytes, layout, keep_last=keep_last)
+        except ValueError as error:
+            raise InvalidRequestError(f"stage: {error}") from None
+        incoming = Incoming(frame.total_bytes, sink)
+        return Request(frame, "stage", new_buffer(0, self._limit_bytes), incoming, layout)
+
+    def _elsewhere(
+        self, frame: pb.ClientFrame, kind: str, layout: Layout, plan: GradientPlan, buffer: Tensor
+    ) -> Staged:
+        forms = forms_from_proto(getattr(frame, kind).forms, layout)
+        place = self.early if _came_early(frame, kind) else self._sharing
+        try:
+            return place.staged(layout, forms, plan, buffer)
         except ValueError as error:
             raise InvalidRequestError(f"{kind}: {error}") from None
 
     def _arrival(self, frame: pb.ClientFrame, kind: str, layout: Layout) -> Arrival | None:
-        none = _in_shared_memory(frame, kind)
+        none = _lies_elsewhere(frame, kind)
         if kind == "contribution":
             message = frame.contribution
             edited = edited_from_proto(message.edited_parameters, layout)
@@ -220,6 +239,17 @@ def _check_size(frame: pb.ClientFrame, kind: str, expected: int | None) -> None:
         raise InvalidRequestError(f"attach: a layout of {frame.total_bytes} bytes; at most {LAYOUT_BYTES} are possible")
     if expected is not None and frame.total_bytes != expected:
         raise InvalidRequestError(f"{kind}: {frame.total_bytes} bytes are declared, the layout takes {expected}")
+
+
+def _lies_elsewhere(frame: pb.ClientFrame, kind: str) -> bool:
+    """Whether a request's gradients are said to be here already: in shared memory, or come before it."""
+    return _came_early(frame, kind) or _in_shared_memory(frame, kind)
+
+
+def _came_early(frame: pb.ClientFrame, kind: str) -> bool:
+    """Whether a request's gradients are said to have come before it."""
+    message = frame.contribution
+    return kind == "contribution" and message.staged and not (message.abstain or message.closure or message.shared)
 
 
 def _in_shared_memory(frame: pb.ClientFrame, kind: str) -> bool:

@@ -246,7 +246,7 @@ class Session:
     def _begin(self, frame: pb.ClientFrame) -> None:
         self._number, self._kind = frame.request, frame.WhichOneof("body") or ""
         try:
-            if self._waiting and self._kind in _STEPS:
+            if self._waiting and (self._kind in _STEPS or self._kind == "stage"):
                 # Its gradients would come to lie where those of the one before are read.
                 raise InvalidRequestError(f"{self._kind} before request {min(self._waiting)} was answered")
             keep_last = self._seat is not None and not self._seat.owner.hosted.engine.entry.trusted
@@ -284,6 +284,8 @@ class Session:
             self._on_upload(request)
         elif self._seat is None:
             raise InvalidRequestError(f"{request.kind} before the session is attached")
+        elif request.kind == "stage":
+            self._decoder.early.came(request.frame.stage.parameters)
         elif request.kind == "share":
             self._on_share(self._seat, request.frame.share)
         elif request.kind == "group":
@@ -302,6 +304,7 @@ class Session:
             self._waiting.add(self._number)
         elif request.kind == "zero_grad":
             self._waiting.clear()
+            self._decoder.early.forget()
         if request.kind == "leave":
             seat.owner.post(ev.Leave(ticket, seat.worker, seat.epoch))
         else:
