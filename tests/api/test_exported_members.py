@@ -96,7 +96,7 @@ def test_the_handle() -> None:
     assert members == {
         "name", "address", "worker", "version", "lineage", "incarnation", "device", "traffic", "step_traffic", "transport",
         "wire", "staleness", "settings", "pull", "skip", "accumulate", "state", "describe", "history", "set", "checkpoint",
-        "close",
+        "close", "overlap", "no_sync", "wait",
     }  # fmt: skip
     assert all(inspect.getdoc(getattr(RemoteHandle, name)) for name in members)
 
@@ -125,7 +125,7 @@ def test_the_schedulers_are_torchs_but_for_those_that_need_a_function_or_a_metri
 def test_what_configures_a_client() -> None:
     assert _fields(farstep.Remote) == [
         "address", "name", "policy", "worker", "token", "tls", "transport", "wire_dtype", "on_existing", "timeouts",
-        "retry", "detect_edits", "settings", "adopt_parameters",
+        "retry", "detect_edits", "settings", "adopt_parameters", "overlap",
     ]  # fmt: skip
     assert _fields(farstep.Timeouts) == ["connect", "step", "reconnect"]
     assert _fields(farstep.Retry) == ["first", "longest"]

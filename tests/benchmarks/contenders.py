@@ -109,6 +109,15 @@ def _floor(size: Size, _: Seat, options: dict[str, Any]) -> Contender:
 
 def _farstep(size: Size, seat: Seat, options: dict[str, Any]) -> Contender:
     """This project, with one of its transports."""
+    own = parameters(size)
+    optimizer, close = remote_optimizer(own, seat, options)
+    return Contender(optimizer.step, _backward(optimizer, own, gradients(size)), close)
+
+
+def remote_optimizer(
+    own: list[torch.nn.Parameter], seat: Seat, options: dict[str, Any]
+) -> tuple[Any, Callable[[], None]]:
+    """Return this project's optimizer, and what ends it; ``options`` are those of a Remote, and what is hosted."""
     from farstep import Remote, Sync, Timeouts, optim
     from farstep.cli import main
     from farstep_wire.errors import ConfigurationError
@@ -116,7 +125,7 @@ def _farstep(size: Size, seat: Seat, options: dict[str, Any]) -> Contender:
     how = dict(options)
     address, name = how.pop("address"), how.pop("hosted")
     optimizer_class, arguments = how.pop("optimizer", "Adam"), how.pop("arguments", {})
-    own, timeouts = parameters(size), Timeouts(120, 600, 60)
+    timeouts = Timeouts(120, 600, 60)
     try:
         remote = Remote(address, name=name, worker=seat.rank, policy=Sync(seat.workers), timeouts=timeouts, **how)
         optimizer = getattr(optim, optimizer_class)(own, lr=LR, remote=remote, **arguments)
@@ -129,7 +138,7 @@ def _farstep(size: Size, seat: Seat, options: dict[str, Any]) -> Contender:
             with contextlib.redirect_stdout(io.StringIO()):
                 main(["--server", address, "rm", name, "--yes"])
 
-    return Contender(optimizer.step, _backward(optimizer, own, gradients(size)), close)
+    return optimizer, close
 
 
 def _join(seat: Seat, rank: int, count: int, store: str) -> Any:
@@ -259,7 +268,13 @@ def _ray(size: Size, _: Seat, options: dict[str, Any]) -> Contender:
     return Contender(step, close=close)
 
 
+def _iteration(size: Size, seat: Seat, options: dict[str, Any]) -> Contender:
+    from tests.benchmarks.iterations import iteration
+
+    return iteration(size, seat, options)
+
+
 _BUILDERS: dict[str, Builder] = {
     "local": _local, "floor": _floor, "farstep": _farstep, "ddp": _ddp, "gloo echo": _gloo_echo, "torch rpc": _torch_rpc,
-    "bare stream": _bare_stream, "echo": _echo, "flight": _flight, "ray": _ray,
+    "bare stream": _bare_stream, "echo": _echo, "flight": _flight, "ray": _ray, "iteration": _iteration,
 }  # fmt: skip

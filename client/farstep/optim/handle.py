@@ -113,10 +113,10 @@ class RemoteHandle:
         """From now on overlap transfers with computation: the bits stay those without.
 
         Gradients leave in buckets as ``backward`` finishes them; ``step`` sends those again that were changed since, as by
-        clipping. ``step`` returns as soon as it is known what became of it; a module's forward waits for the parameters that the
-        module owns. Parameters that are read without a call of their module are found out in the first iteration, and ``step``
-        waits for them. What else reads or changes parameters between ``step`` and the next forward (weight clipping, an average
-        of your own, a copy of the model) calls ``opt.remote.wait()`` first; ``state_dict`` of a module need not.
+        clipping. ``step`` returns as soon as it is known what became of it; a module's forward waits for the parameters that
+        the module owns. Parameters that are read without a call of their module are found out in the first iteration, and
+        ``step`` waits for them. What else reads or changes parameters between ``step`` and the next forward (weight clipping,
+        an average of your own, a copy of the model) calls ``opt.remote.wait()`` first; ``state_dict`` of a module need not.
 
         In shared memory gradients move during ``backward`` anyway, and there is little to win. With a ``wire_dtype`` for
         gradients nothing overlaps.
