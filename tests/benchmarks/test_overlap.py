@@ -38,8 +38,8 @@ def test_overlap(report: Report) -> None:
     rest = medians[_COMPUTATION] + medians[_LOCAL]
     transfer, added = medians[_PLAIN] - rest, max(0.0, medians[_OVERLAPPED] - rest)
     section.notes.append(
-        f"The transfer takes {duration(transfer)}; with overlap {duration(added)} of it can be seen. Backward takes twice as long "
-        f"as forward."
+        f"The transfer takes {duration(transfer)}; with overlap {duration(added)} of it can be seen. Backward takes "
+        f"twice as long as forward."
     )
     report.figure("4", f"what overlap leaves of the transfer, {LARGE}", added / transfer, 0.2)
     report.figure("4", f"what overlap leaves / bare stream, {LARGE}", added / medians[_STREAM], 0.2)

@@ -62,8 +62,12 @@ def test_shared_memory(readme_server: ServerProcess) -> None:
     assert _run(BLOCKS[5], readme_server) == "shm\n"
 
 
+def test_overlap(readme_server: ServerProcess) -> None:
+    assert _run(BLOCKS[6], readme_server) == ""
+
+
 def test_fewer_bytes(readme_server: ServerProcess) -> None:
-    output = _run(BLOCKS[6], readme_server)
+    output = _run(BLOCKS[7], readme_server)
     found = re.fullmatch(
         r"Wire\(gradients='int8', parameters='bfloat16', .*\) Traffic\(sent=(\d+), received=(\d+)\)\n", output
     )
@@ -72,5 +76,9 @@ def test_fewer_bytes(readme_server: ServerProcess) -> None:
     assert int(found[2]) < 0.6 * 4 * 100_100
 
 
+def test_process_groups(readme_server: ServerProcess) -> None:
+    assert _run(BLOCKS[8], readme_server) == "pg\n"
+
+
 def test_there_are_no_other_blocks() -> None:
-    assert len(BLOCKS) == README.count("```python") == 8
+    assert len(BLOCKS) == README.count("```python") == 9

@@ -242,8 +242,8 @@ def test_a_model_trains_on_with_what_has_come(server: ServerProcess, name: str) 
         own.zero_grad()
         _loss(ours, 2).backward()
         own.remote.wait()
-        # The third step's parameters take four messages, of which the first comes through.
-        proxy.blackhole_at_reply(proxy.replies + 3)
+        # The parameters of the third step take four messages, of which two come through at least: the proxy reads 1 MiB at most.
+        proxy.blackhole_at_reply(proxy.replies + 4)
         own.step()
         assert own.remote.version == 3
         first: Any = ours[0]
@@ -332,7 +332,7 @@ def test_a_server_that_is_gone_is_said_so_by_whoever_waits(server: ServerProcess
             _plain(model, own, step)
         own.zero_grad()
         _loss(model, 2).backward()
-        proxy.blackhole_at_reply(proxy.replies + 3)
+        proxy.blackhole_at_reply(proxy.replies + 4)
         own.step()
         with pytest.raises(errors.UnavailableError):
             model(torch.ones(1, WIDTH))
