@@ -192,6 +192,13 @@ def test_several_workers(server: ServerProcess, name: str) -> None:
 # What overlaps.
 
 
+def _await_blackhole(proxy: Proxy) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not proxy.fired["blackhole"]:
+        assert time.monotonic() < deadline, "the messages have not come that are to be held back"
+        time.sleep(0.002)
+
+
 def _await_sent(own: Any, nbytes: int) -> None:
     deadline = time.monotonic() + SECONDS
     while own.remote.traffic.sent < nbytes:
@@ -242,9 +249,10 @@ def test_a_model_trains_on_with_what_has_come(server: ServerProcess, name: str) 
         own.zero_grad()
         _loss(ours, 2).backward()
         own.remote.wait()
-        # The parameters of the third step take four messages, of which two come through at least: the proxy reads 1 MiB at most.
+        # The third step's parameters take four messages; two of them come through, since the proxy reads 1 MiB at most.
         proxy.blackhole_at_reply(proxy.replies + 4)
         own.step()
+        _await_blackhole(proxy)
         assert own.remote.version == 3
         first: Any = ours[0]
         seen = first(torch.ones(1, WIDTH))
@@ -334,6 +342,7 @@ def test_a_server_that_is_gone_is_said_so_by_whoever_waits(server: ServerProcess
         _loss(model, 2).backward()
         proxy.blackhole_at_reply(proxy.replies + 4)
         own.step()
+        _await_blackhole(proxy)
         with pytest.raises(errors.UnavailableError):
             model(torch.ones(1, WIDTH))
         proxy.heal()
