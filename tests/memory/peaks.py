@@ -81,7 +81,7 @@ class Peaks:
     """In bytes, for an Adam of 102 MB with one worker.
 
     The server's are what it takes beyond what a process needs anyway (Python, torch, gRPC): beyond its peak before the model
-    came, and after a small one had been hosted. The first step of a kind is guarded by a copy of all that it may change.
+    came, and after a small one had been hosted.
     """
 
     server_first: int

@@ -17,5 +17,6 @@ def local() -> int:
 @pytest.mark.parametrize("transport", ["grpc", "shm", "pg"])
 def test_a_step_takes_what_it_must_on_both_sides(servers: Servers, local: int, transport: str) -> None:
     found = peaks(servers(), {"transport": transport})
-    assert found.server_later <= SERVER_MOST, f"the server of an Adam of {mib(MODEL)} takes {mib(found.server_later)}"
+    for when, most in (("at first", found.server_first), ("later", found.server_later)):
+        assert most <= SERVER_MOST, f"the server of an Adam of {mib(MODEL)} takes {mib(most)} {when}"
     assert found.worker <= local + ALLOWED, f"a worker of Adam takes {mib(found.worker)}, local SGD {mib(local)}"

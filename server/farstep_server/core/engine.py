@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 from farstep_server.core.default_dtype import default_dtype
 from farstep_server.core.gradients import Gradients
 from farstep_server.core.means import Means
-from farstep_server.core.options import GroupEdits, apply_edits, difference, frozen_options
+from farstep_server.core.options import GroupEdits, apply_edits, difference, edited_options, frozen_options
 from farstep_server.core.parameters import ParameterStore
 from farstep_server.core.registry import OptimizerEntry
+from farstep_server.core.rehearsal import rehearse
 from farstep_server.core.undo import Undo
 from farstep_wire.errors import Applied, ArgumentsError, FarstepError, StepFailedError
 from farstep_wire.layout import Layout
@@ -53,22 +54,28 @@ class Engine:
         self.entry = entry
         self.scalar_dtype = scalar_dtype
         self.store = ParameterStore(layout, device, contents)
-        self.optimizer = self._construct(arguments, options)
+        self._arguments = arguments
+        self.optimizer = self._construct(options)
         self._bare_step = _without_profiling(self.optimizer)
         self._proven: set[frozenset[tuple[int, str]]] = set()
+        self._loaded = False
+        """Whether the state is one that was loaded and that no step has gone through with yet."""
         self._means: Means | None = None
 
-    def _construct(self, arguments: Mapping[str, Any], options: Sequence[Mapping[str, Any]]) -> Optimizer:
+    def _construct(self, options: Sequence[Mapping[str, Any]]) -> Optimizer:
         parameters = iter(self.store.tensors)
         groups = [
             {"params": [next(parameters) for _ in range(size)], **group}
             for size, group in zip(self.layout.group_sizes, options, strict=True)
         ]
         try:
-            with default_dtype(self.scalar_dtype):
-                return self.entry.cls(groups, **arguments)
+            return self._build(groups)
         except Exception as error:
             raise ArgumentsError(f"{self.entry.cls.__name__} could not be built on the server: {error}") from error
+
+    def _build(self, groups: list[dict[str, Any]]) -> Optimizer:
+        with default_dtype(self.scalar_dtype):
+            return self.entry.cls(groups, **self._arguments)
 
     @property
     def layout(self) -> Layout:
@@ -97,6 +104,7 @@ class Engine:
         with self.undone_on_error(StepFailedError, "load_state_dict"):
             self.optimizer.load_state_dict({"state": dict(state), "param_groups": packed})
         self._proven.clear()
+        self._loaded = True
 
     def restore_state(self, state: Sequence[tuple[Any, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
         """Replace state and options by what ``read_state`` gave, bit for bit.
@@ -182,12 +190,12 @@ class Engine:
         learning rate of this one step is divided by.
 
         StepFailedError: the optimizer raised. Everything is as before, and ``applied`` says NO; for an input of a kind that
-        this optimizer has stepped with before there is no undo copy, and ``applied`` says UNKNOWN.
+        this optimizer has stepped with before, or rehearsed, there is no undo copy, and ``applied`` says UNKNOWN.
         """
         if not _harmless(self.optimizer, edits):
             self._proven.clear()
         signature = _signature(gradients)
-        undo = None if self.entry.trusted and signature in self._proven else self.undo()
+        undo = None if self._goes_through(signature, gradients, edits) else self.undo()
         try:
             changed = self._step(gradients, edits, edited, settings, lr_divisor)
         except Exception as error:
@@ -196,7 +204,20 @@ class Engine:
             undo.restore()
             raise StepFailedError(str(error), applied=Applied.NO) from error
         self._proven.add(signature)
+        self._loaded = False
         return changed
+
+    def _goes_through(
+        self, signature: frozenset[tuple[int, str]], gradients: Gradients | Means, edits: GroupEdits
+    ) -> bool:
+        """Whether a step with such gradients can be made without a way back."""
+        if not self.entry.trusted:
+            return False
+        if signature in self._proven:
+            return True
+        options = edited_options(self.optimizer, edits)
+        sizes, tensors = self.layout.group_sizes, self.store.tensors
+        return not self._loaded and rehearse(self._build, sizes, options, tensors, gradients)
 
     def _step(
         self,

@@ -29,10 +29,21 @@ def frozen_options(optimizer: Optimizer) -> list[dict[str, Any]]:
     return [{key: frozen_value(value) for key, value in options_of(group).items()} for group in optimizer.param_groups]
 
 
+def edited_options(optimizer: Optimizer, edits: GroupEdits) -> list[dict[str, Any]]:
+    """Return copies of all groups' options as they will be with edits."""
+    options = frozen_options(optimizer)
+    _edit(options, edits)
+    return options
+
+
 def apply_edits(optimizer: Optimizer, edits: GroupEdits) -> None:
     """Set and remove options."""
+    _edit(optimizer.param_groups, edits)
+
+
+def _edit(groups: Sequence[dict[str, Any]], edits: GroupEdits) -> None:
     for number, (changed, removed) in edits.items():
-        group = optimizer.param_groups[number]
+        group = groups[number]
         for key in removed:
             group.pop(key, None)
         for key, value in changed.items():

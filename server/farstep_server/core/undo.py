@@ -1,8 +1,8 @@
 """All or nothing: an undo copy of parameters, state and options around a step that may raise midway.
 
-A copy of everything at every step would cost more than the step. A step is therefore guarded where it may fail: the first
-time that torch's own class meets inputs of a kind (which gradients are absent or sparse; kinds of options), when a closure
-drives it, and always for third-party classes. What torch's classes refuse, they refuse by kind, not by value.
+A copy of everything at every step would cost more than the step. A step is therefore guarded where it may fail: with state
+that was loaded, when a closure drives it, and always for third-party classes. The first time that torch's own class meets
+inputs of a kind (which gradients are absent or sparse; kinds of options) it is rehearsed, and guarded where that fails.
 """
 
 from __future__ import annotations
