@@ -291,11 +291,9 @@ class Group:
         backend, self._backend = self._backend, None
         if backend is None or self._process != os.getpid():
             return
-        # torch's abort of gloo wakes nobody. An operation whose time is up closes the connection, which wakes all.
+        # torch's own abort of gloo wakes nobody. An operation whose time is up closes the connection, which does.
         with suppress(RuntimeError):
             backend.recv([torch.empty(1, dtype=torch.uint8)], self._peer, _CLOSING_TAG).wait(timedelta(milliseconds=1))
-        with suppress(RuntimeError):
-            backend.abort()
 
 
 class Making:

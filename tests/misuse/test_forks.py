@@ -5,15 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from tests.support.servers import ServerProcess, clean_environment
 
 _LOADER_WORKERS = """
 import sys, torch
 from torch.utils.data import DataLoader, TensorDataset
-from farstep import optim
+from farstep import Remote, optim
 
 model = torch.nn.Linear(3, 1)
-optimizer = optim.SGD(model.parameters(), lr=0.1, remote=sys.argv[1])
+optimizer = optim.SGD(model.parameters(), lr=0.1, remote=Remote(sys.argv[1], transport=sys.argv[2]))
 data = TensorDataset(torch.ones(8, 3))
 for _ in range(6):
     for (batch,) in DataLoader(data, batch_size=2, num_workers=2, multiprocessing_context="fork"):
@@ -25,12 +27,12 @@ print(optimizer.remote.version)
 
 _CHILD_STEPS = """
 import os, sys, torch
-from farstep import FarstepError, optim
+from farstep import FarstepError, Remote, optim
 
 def build():
     parameter = torch.nn.Parameter(torch.zeros(3))
     parameter.grad = torch.ones(3)
-    return optim.SGD([parameter], lr=0.1, remote=sys.argv[1])
+    return optim.SGD([parameter], lr=0.1, remote=Remote(sys.argv[1], transport=sys.argv[2]))
 
 def attempt(act):
     try:
@@ -59,14 +61,18 @@ def _run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=90, check=False)
 
 
-def test_a_data_loader_may_fork_its_workers(server: ServerProcess, name: str) -> None:
-    run = _run(_LOADER_WORKERS, f"{server.address}#{name}")
+@pytest.mark.parametrize("transport", ["grpc", "pg"])
+def test_a_data_loader_may_fork_its_workers(server: ServerProcess, name: str, transport: str) -> None:
+    run = _run(_LOADER_WORKERS, f"{server.address}#{name}", transport)
     assert (run.returncode, run.stdout) == (0, "24\n"), run.stderr
     assert "fork_posix" not in run.stderr
 
 
-def test_a_forked_child_that_uses_the_optimizer_is_told_why_it_cannot(server: ServerProcess, name: str) -> None:
-    run = _run(_CHILD_STEPS, f"{server.address}#{name}", "built before the fork")
+@pytest.mark.parametrize("transport", ["grpc", "pg"])
+def test_a_forked_child_that_uses_the_optimizer_is_told_why_it_cannot(
+    server: ServerProcess, name: str, transport: str
+) -> None:
+    run = _run(_CHILD_STEPS, f"{server.address}#{name}", transport, "built before the fork")
     assert run.returncode == 0, run.stderr
     *refusals, version = run.stdout.splitlines()
     assert version == "2"
@@ -77,5 +83,5 @@ def test_a_forked_child_that_uses_the_optimizer_is_told_why_it_cannot(server: Se
 
 
 def test_a_child_that_was_forked_before_the_first_optimizer_has_its_own(server: ServerProcess, name: str) -> None:
-    run = _run(_CHILD_STEPS, f"{server.address}#{name}")
+    run = _run(_CHILD_STEPS, f"{server.address}#{name}", "grpc")
     assert (run.returncode, run.stdout) == (0, ""), run.stderr
