@@ -56,6 +56,7 @@ class Options:
     policy: str
     max_staleness: int | None
     local_sgd: int | None
+    wire_dtype: str | None
     json: Path | None
 
 
@@ -97,6 +98,11 @@ def parse_options() -> Options:
     )
     parser.add_argument(
         "--local-sgd", type=int, metavar="H", help="train alone for H steps, then push the distance covered"
+    )
+    parser.add_argument(
+        "--wire-dtype",
+        choices=["bfloat16", "float16", "int8", "topk"],
+        help="make gradients smaller for the way, and with the first two what comes back (default: as they are)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the final figures to FILE")
     return Options(**vars(parser.parse_args()))
@@ -143,12 +149,13 @@ def shift(images: Tensor, generator: torch.Generator) -> Tensor:
 
 def build_optimizer(model: nn.Module, options: Options, world: int) -> torch.optim.Optimizer:
     adamw = {"lr": options.lr, "weight_decay": 1e-2}
-    if options.policy == "sync" and options.local_sgd is None:
+    if options.policy == "sync" and options.local_sgd is None and options.wire_dtype is None:
         return optim.AdamW(model.parameters(), **adamw)
     # What follows has no counterpart in torch.optim.
     import farstep
 
-    remote = farstep.Remote(policy=farstep.Async(options.max_staleness) if options.policy == "async" else None)
+    policy = farstep.Async(options.max_staleness) if options.policy == "async" else None
+    remote = farstep.Remote(policy=policy, wire_dtype=options.wire_dtype)
     if options.local_sgd is None:
         return farstep.optim.AdamW(model.parameters(), **adamw, remote=remote)
     # The mean of the parameters. Under Async each rank's distance is applied by itself, and so counts for its share.

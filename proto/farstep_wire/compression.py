@@ -19,7 +19,7 @@ from torch import Tensor
 
 from farstep_wire.layout import GradientForm, GradientPlan, Layout, TensorSpec, align, place, plan_gradients
 from farstep_wire.narrowing import PIECE_ELEMENTS
-from farstep_wire.wire_format import INT8_BLOCK, kept
+from farstep_wire.wire_format import INT8_BLOCK, Wire, kept
 
 _PIECE_BLOCKS = PIECE_ELEMENTS // INT8_BLOCK
 _LEVELS = 127.0
@@ -46,18 +46,19 @@ class Part:
         return -(-self.spec.numel // INT8_BLOCK) * INT8_BLOCK
 
 
-def encodable(layout: Layout, number: int, forms: Mapping[int, GradientForm]) -> bool:
-    """Whether a gradient is encoded: dense with the layout's strides, float32, and not too large for its positions."""
-    spec = layout.specs[number]
-    return number not in forms and spec.dtype == torch.float32 and spec.is_dense and 0 < spec.numel < _LARGEST_ELEMENTS
+def encodable(spec: TensorSpec, wire: Wire) -> bool:
+    """Whether a dense gradient with a parameter's own strides is encoded, and does not travel as it is."""
+    if spec.dtype != torch.float32 or not spec.is_dense or not 0 < spec.numel < _LARGEST_ELEMENTS:
+        return False
+    return wire.gradients != "topk" or kept(spec.numel, wire.density) > 0
 
 
-def parts_of(layout: Layout, forms: Mapping[int, GradientForm]) -> tuple[Part, ...]:
+def parts_of(layout: Layout, forms: Mapping[int, GradientForm], wire: Wire) -> tuple[Part, ...]:
     """Return the encoded gradients, in layout order, one after another."""
     parts: list[Part] = []
     first = 0
     for number, spec in enumerate(layout.specs):
-        if encodable(layout, number, forms):
+        if number not in forms and encodable(spec, wire):
             parts.append(Part(number, spec, first))
             first += parts[-1].padded
     return tuple(parts)
@@ -67,8 +68,7 @@ def parts_of(layout: Layout, forms: Mapping[int, GradientForm]) -> tuple[Part, .
 class CompressedPlan:
     """Where a contribution's bytes lie once they are decoded (``plan``), and where on the wire."""
 
-    format_name: str
-    density: float
+    wire: Wire
     plan: GradientPlan
     parts: tuple[Part, ...]
 
@@ -80,12 +80,12 @@ class CompressedPlan:
     @cached_property
     def counts(self) -> list[int]:
         """How many elements of each part top-k sends."""
-        return [kept(part.numel, self.density) for part in self.parts]
+        return [kept(part.numel, self.wire.density) for part in self.parts]
 
     @cached_property
     def head_nbytes(self) -> tuple[int, int]:
         """Bytes of what the encoded gradients are on the wire: scales and int8, or positions and values."""
-        if self.format_name == "int8":
+        if self.wire.gradients == "int8":
             return align(self.elements // INT8_BLOCK * 4), align(self.elements)
         return align(4 * sum(self.counts)), align(4 * sum(self.counts))
 
@@ -94,30 +94,30 @@ class CompressedPlan:
         """Bytes on the wire."""
         return sum(self.head_nbytes) + self.plan.nbytes - 4 * self.elements
 
-    def int8(self, wire: Tensor) -> tuple[Tensor, Tensor]:
+    def int8(self, data: Tensor) -> tuple[Tensor, Tensor]:
         """Return the float32 scales and the int8 values in the bytes of the wire."""
         first, _ = self.head_nbytes
-        scales = wire[: self.elements // INT8_BLOCK * 4].view(torch.float32)
-        return scales, wire[first : first + self.elements].view(torch.int8)
+        scales = data[: self.elements // INT8_BLOCK * 4].view(torch.float32)
+        return scales, data[first : first + self.elements].view(torch.int8)
 
-    def topk(self, wire: Tensor) -> tuple[Tensor, Tensor]:
+    def topk(self, data: Tensor) -> tuple[Tensor, Tensor]:
         """Return the int32 positions and the float32 values in the bytes of the wire."""
         first, _ = self.head_nbytes
         nbytes = 4 * sum(self.counts)
-        return wire[:nbytes].view(torch.int32), wire[first : first + nbytes].view(torch.float32)
+        return data[:nbytes].view(torch.int32), data[first : first + nbytes].view(torch.float32)
 
-    def decode(self, wire: Tensor, target: Tensor, layout: Layout) -> None:
+    def decode(self, data: Tensor, target: Tensor, layout: Layout) -> None:
         """Write what came as the plan has it into ``target``, both uint8 on the CPU.
 
         ValueError: positions that are out of range or not ascending; it names the parameter.
         """
         flat = target[: 4 * self.elements].view(torch.float32)
-        if self.format_name == "int8":
-            scales, values = self.int8(wire)
+        if self.wire.gradients == "int8":
+            scales, values = self.int8(data)
             dequantize(scales, values, flat)
         else:
-            self._scatter(*self.topk(wire), flat, layout)
-        target[4 * self.elements : self.plan.nbytes] = wire[sum(self.head_nbytes) : self.nbytes]
+            self._scatter(*self.topk(data), flat, layout)
+        target[4 * self.elements : self.plan.nbytes] = data[sum(self.head_nbytes) : self.nbytes]
 
     def _scatter(self, positions: Tensor, values: Tensor, flat: Tensor, layout: Layout) -> None:
         torch._foreach_zero_(torch.split(flat, PIECE_ELEMENTS))
@@ -130,12 +130,10 @@ class CompressedPlan:
                 target.scatter_(0, piece.long(), value)
 
 
-def compress_plan(
-    layout: Layout, forms: dict[int, GradientForm], edited: Sequence[int], format_name: str, density: float
-) -> CompressedPlan:
+def compress_plan(layout: Layout, forms: dict[int, GradientForm], edited: Sequence[int], wire: Wire) -> CompressedPlan:
     """Lay out a contribution's bytes; ValueError names the parameter whose form does not fit it."""
     plain = plan_gradients(layout, forms, edited)
-    parts = parts_of(layout, forms)
+    parts = parts_of(layout, forms, wire)
     encoded = {part.number: part for part in parts}
     rest = [spec for number, pieces in enumerate(plain.pieces) if number not in encoded for spec, _ in pieces]
     begin = 4 * (parts[-1].first + parts[-1].padded) if parts else 0
@@ -151,7 +149,7 @@ def compress_plan(
     shift = edits_begin - (plain.edited[0][2] if plain.edited else 0)
     placed = tuple((index, spec, offset + shift) for index, spec, offset in plain.edited)
     end = edits_begin + sum(align(spec.nbytes) for _, spec, _ in placed)
-    return CompressedPlan(format_name, density, GradientPlan(plain.forms, pieces, placed, end), parts)
+    return CompressedPlan(wire, GradientPlan(plain.forms, pieces, placed, end), parts)
 
 
 # Elements.

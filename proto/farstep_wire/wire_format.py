@@ -4,8 +4,8 @@
 - ``int8``: in blocks of ``INT8_BLOCK`` elements of one tensor, in the order of its memory. A block's scale is the greatest
   magnitude in it, divided by 127, as float32; an element x travels as round(x / scale), ties to even, and arrives as that times
   the scale. A block with an infinity or NaN arrives without a finite number in it, so that the server's guard sees it.
-- ``topk``: of each tensor's n elements the max(1, ceil(density * n)) of greatest magnitude, as position and float32 value; the
-  others arrive as zero.
+- ``topk``: of each tensor's n elements the k = max(``LEAST_KEPT``, ceil(density * n)) of greatest magnitude, as position and
+  float32 value; the others arrive as zero. Where 2 k is n or more, the tensor travels as it is, in no more bytes.
 
 For the last two the worker feeds the error back: it keeps what has not arrived and adds it to its next gradient (Seide et al.
 2014, "1-Bit Stochastic Gradient Descent and its Application to Data-Parallel Distributed Training of Speech DNNs"; Lin et al.
@@ -32,8 +32,11 @@ COMPRESSED: tuple[str, ...] = get_args(Compressed)
 INT8_BLOCK = 64
 """Elements that share a scale."""
 
-DENSITY = 0.01
+DENSITY = 0.02
 """The part of the elements that top-k sends where nothing else is said."""
+
+LEAST_KEPT = 256
+"""Elements that top-k sends at least of a tensor: the small ones, biases and norms, are worth more than their bytes."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Wire:
             size. They are not for optimizers that a closure drives.
         parameters: ``"bfloat16"`` or ``"float16"``; None: as they are. The server's own stay float32; the worker holds them
             rounded, from the moment when it attaches. An average that is pulled is rounded too.
-        density: with ``gradients="topk"``, the part of each tensor's elements that is sent.
+        density: with ``gradients="topk"``, the part of each tensor's elements that is sent, 256 at least. A tensor of which
+            half or more would be sent, so each of up to 512 elements, travels as it is.
 
     Sparse gradients keep their indices; of their values only bfloat16 and float16 make less. Parameters that were edited on the
     worker, a hosted optimizer's first parameters, and state travel as they are.
@@ -103,5 +107,6 @@ def as_wire(value: Wire | DTypeLike | None) -> Wire:
 
 
 def kept(numel: int, density: float) -> int:
-    """Return how many of a tensor's elements top-k sends."""
-    return min(numel, max(1, math.ceil(density * numel)))
+    """Return how many of a tensor's elements top-k sends; none where it travels as it is."""
+    count = max(LEAST_KEPT, math.ceil(density * numel))
+    return count if 2 * count < numel else 0

@@ -14,11 +14,15 @@ from farstep_wire.v1 import optimizer_pb2 as pb
 from tests.support.raw import RawSession, attach_message, flat_layout, layout_bytes
 from tests.support.servers import ServerProcess
 
-LAYOUT = flat_layout(4, 100)
-TOPK = pb.Wire(gradients=pb.WIRE_FORMAT_TOPK, density=0.02)  # of 4 elements one, of 100 two
+LAYOUT = flat_layout(600, 1000, 4)
+KEPT = 256  # of the first two; the third travels as it is
+TOPK = pb.Wire(gradients=pb.WIRE_FORMAT_TOPK, density=0.02)
 INT8 = pb.Wire(gradients=pb.WIRE_FORMAT_INT8)
 BFLOAT16 = pb.Wire(gradients=pb.WIRE_FORMAT_BFLOAT16)
-NARROW_BYTES = (64 + 448) // 2
+NARROW_BYTES = LAYOUT.gradients.nbytes // 2
+TOPK_BYTES = 2 * 4 * 2 * KEPT + 64
+INT8_ELEMENTS = 640 + 1024 + 64
+INT8_BYTES = 128 + INT8_ELEMENTS  # 27 scales, filled up
 ALLOWED_GROWTH_BYTES = 64 * 2**20
 
 
@@ -53,7 +57,7 @@ class Hosted:
 def baseline(shared_server: ServerProcess) -> int:
     """What the server takes once it has stepped."""
     with RawSession(shared_server.address) as session:
-        Hosted(session, "malformed-wire", TOPK).step(topk(0, 0, 1))
+        Hosted(session, "malformed-wire", TOPK).step(topk())
     return shared_server.rss_bytes()
 
 
@@ -64,40 +68,55 @@ def session(server: ServerProcess, baseline: int) -> Iterator[RawSession]:
     assert server.rss_bytes() - baseline < ALLOWED_GROWTH_BYTES
 
 
-def topk(*positions: int) -> bytes:
-    return struct.pack("<3i", *positions).ljust(64, b"\0") + struct.pack("<3f", 1.0, 2.0, 3.0).ljust(64, b"\0")
+def topk(first: dict[int, int] | None = None, second: dict[int, int] | None = None) -> bytes:
+    """Return a contribution of ones at positions 0 to 255 of both, but for some."""
+    positions = [{**dict(enumerate(range(KEPT))), **(own or {})} for own in (first, second)]
+    flat = [own[index] for own in positions for index in range(KEPT)]
+    return (
+        struct.pack(f"<{2 * KEPT}i", *flat)
+        + struct.pack("<f", 1.0) * 2 * KEPT
+        + struct.pack("<4f", *[2.0] * 4)
+        + bytes(48)
+    )
 
 
 def test_topk_as_it_should_be(session: RawSession, name: str) -> None:
-    first, second = Hosted(session, name, TOPK).step(topk(3, 0, 99))
-    assert torch.equal(first, torch.tensor([0.0, 0.0, 0.0, -0.1]))
-    assert second[[0, 99]].tolist() == pytest.approx([-0.2, -0.3])
-    assert second.count_nonzero() == 2
+    first, second, third = Hosted(session, name, TOPK).step(topk({255: 599}))
+    ones = torch.zeros(600)
+    ones[[*range(255), 599]] = 1.0
+    assert torch.equal(first, torch.zeros(600) - 0.1 * ones)
+    assert second.count_nonzero() == KEPT
+    assert third.tolist() == pytest.approx([-0.2] * 4)
 
 
 @pytest.mark.parametrize(
-    ("positions", "texts"),
+    ("body", "texts"),
     [
-        ((4, 0, 1), ("'0.0'", "position 4", "has 4 elements")),
-        ((-1, 0, 1), ("'0.0'", "position -1")),
-        ((0, 5, 100), ("'0.1'", "position 100", "has 100 elements")),
-        ((0, -(2**31), 1), ("'0.1'", f"position {-(2**31)}")),
-        ((0, 7, 7), ("'0.1'", "do not ascend")),
-        ((0, 9, 8), ("'0.1'", "do not ascend")),
+        (topk({255: 600}), ("'0.0'", "position 600", "has 600 elements")),
+        (topk({0: -1}), ("'0.0'", "position -1")),
+        (topk(None, {255: 1000}), ("'0.1'", "position 1000", "has 1000 elements")),
+        (topk(None, {0: -(2**31)}), ("'0.1'", f"position {-(2**31)}")),
+        (topk(None, {255: 2**31 - 1}), ("'0.1'", f"position {2**31 - 1}")),
+        (topk(None, {7: 8}), ("'0.1'", "do not ascend")),
+        (topk({100: 2**31 - 1}), ("'0.0'", "do not ascend")),
+        (topk({100: -5}), ("'0.0'", "do not ascend")),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_topk_positions(session: RawSession, name: str, positions: tuple[int, ...], texts: tuple[str, ...]) -> None:
+def test_topk_positions(session: RawSession, name: str, body: bytes, texts: tuple[str, ...]) -> None:
     hosted = Hosted(session, name, TOPK)
-    session.send(topk(*positions), contribution=hosted.message())
+    session.send(body, contribution=hosted.message())
     error = session.refusal()
     assert isinstance(error, InvalidRequestError)
     for text in texts:
         assert text in str(error)
-    hosted.step(topk(0, 0, 1))
+    hosted.step(topk())
 
 
 @pytest.mark.parametrize(
-    ("wire", "due"), [(TOPK, 128), (INT8, 64 + 3 * 64), (BFLOAT16, NARROW_BYTES)], ids=["topk", "int8", "bfloat16"]
+    ("wire", "due"),
+    [(TOPK, TOPK_BYTES), (INT8, INT8_BYTES), (BFLOAT16, NARROW_BYTES)],
+    ids=["topk", "int8", "bfloat16"],
 )
 @pytest.mark.parametrize("size", [0, 64, LAYOUT.gradients.nbytes, 2**31, 2**64 - 1])
 def test_declared_sizes(session: RawSession, name: str, wire: pb.Wire, due: int, size: int) -> None:
@@ -121,9 +140,9 @@ def test_frames_of_a_few_elements(session: RawSession, name: str) -> None:
     """However a client cuts them, as long as elements stay whole."""
     hosted = Hosted(session, name, BFLOAT16)
     data = torch.ones(NARROW_BYTES // 2, dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
-    for start in range(0, NARROW_BYTES, 6):
+    for start in range(0, NARROW_BYTES, 66):
         head: dict[str, Any] = {} if start else {"contribution": hosted.message(), "total_bytes": NARROW_BYTES}
-        session.send_frame(request=9, offset=start, payload=data[start : start + 6], **head)
+        session.send_frame(request=9, offset=start, payload=data[start : start + 66], **head)
     frame, _ = session.answer()
     assert frame.stepped.outcome == pb.Stepped.OUTCOME_COMMITTED
 
@@ -133,26 +152,26 @@ def test_frames_of_a_few_elements(session: RawSession, name: str) -> None:
 def test_any_scale_and_code(session: RawSession, name: str, scale: float, code: int) -> None:
     """All of them mean something; what is not finite is what the guard is for."""
     hosted = Hosted(session, name, INT8)
-    scales = struct.pack("<3f", scale, scale, scale).ljust(64, b"\0")
-    first, _ = hosted.step(scales + struct.pack("<b", code) * 192)
-    expected = torch.full((4,), code, dtype=torch.int8) * torch.tensor(scale)
-    assert torch.equal(first, torch.zeros(4) - 0.1 * expected) or not expected.isfinite().all()
+    scales = struct.pack("<f", scale) * 32
+    first, _, _ = hosted.step(scales + struct.pack("<b", code) * INT8_ELEMENTS)
+    expected = torch.full((600,), code, dtype=torch.int8) * torch.tensor(scale)
+    assert torch.equal(first, torch.zeros(600) - 0.1 * expected) or not expected.isfinite().all()
     assert bool(first.isfinite().all()) == bool(expected.isfinite().all())
 
 
 def _sparse(nnz: int) -> dict[str, Any]:
     form = pb.GradientForm(parameter=0, sparse=pb.SparseForm(nnz=nnz, sparse_dims=1))
-    return {"forms": [form, pb.GradientForm(parameter=1, absent=True)]}
+    return {"forms": [form, *(pb.GradientForm(parameter=number, absent=True) for number in (1, 2))]}
 
 
 @pytest.mark.parametrize(("wire", "value"), [(TOPK, 4), (INT8, 4), (BFLOAT16, 2)], ids=["topk", "int8", "bfloat16"])
 def test_sparse_gradients_beside_them(session: RawSession, name: str, wire: pb.Wire, value: int) -> None:
     hosted = Hosted(session, name, wire)
-    indices = struct.pack("<2q", 0, 99).ljust(64, b"\0")
+    indices = struct.pack("<2q", 0, 999).ljust(64, b"\0")
     session.send(indices + bytes(64), contribution=hosted.message(**_sparse(2)))
     error = session.refusal()
     assert isinstance(error, InvalidRequestError)
-    assert "'0.0' (float32[4]) has the index 99" in str(error)
+    assert "'0.0' (float32[600]) has the index 999" in str(error)
     declared = 2**40 * (8 + value)
     session.send_frame(request=9, contribution=hosted.message(**_sparse(2**40)), total_bytes=declared, payload=b"12")
     assert isinstance(session.refusal(), ResourceExhaustedError)

@@ -63,7 +63,7 @@ class Feedback:
         forms = {
             number: form
             for number, form in forms.items()
-            if not (isinstance(form, TensorSpec) and encodable(layout, number, {}))
+            if not (isinstance(form, TensorSpec) and encodable(layout.specs[number], self._wire))
         }
         plan = self._plan(layout, forms, edited)
         nbytes = sum(plan.head_nbytes)
@@ -74,25 +74,24 @@ class Feedback:
         with torch.no_grad():
             finite = (
                 self._quantize(plan, gradients, wire)
-                if plan.format_name == "int8"
+                if plan.wire.gradients == "int8"
                 else self._pick(plan, gradients, wire)
             )
         self._pending = _Pending(plan, gradients, wire, finite)
         return forms, plan, wire
 
     def _plan(self, layout: Layout, forms: dict[int, GradientForm], edited: Sequence[int]) -> CompressedPlan:
-        format_name, density = str(self._wire.gradients), self._wire.density
         if forms or edited:
-            return compress_plan(layout, forms, edited, format_name, density)
+            return compress_plan(layout, forms, edited, self._wire)
         if self._usual is None:
-            self._usual = compress_plan(layout, {}, (), format_name, density)
+            self._usual = compress_plan(layout, {}, (), self._wire)
         return self._usual
 
     def _bind(self, layout: Layout) -> None:
         """Have a residual for a layout; one that has grown by a group begins there with nothing left out."""
         if self._layout is layout:
             return
-        parts = parts_of(layout, {})
+        parts = parts_of(layout, {}, self._wire)
         end = parts[-1].first + parts[-1].padded if parts else 0
         residual = torch.zeros(end)
         known = min(end, self._residual.numel())
@@ -109,7 +108,7 @@ class Feedback:
                 residual[part.first : part.first + part.padded],
                 residual[part.first :].as_strided(part.spec.shape, part.spec.strides),
             )
-            for part in parts_of(self._layout, {})
+            for part in parts_of(self._layout, {}, self._wire)
         }
 
     def _compensated(self, number: int, gradient: Tensor) -> Tensor:
@@ -186,7 +185,7 @@ class Feedback:
         with torch.no_grad():
             for part, gradient in zip(plan.parts, pending.gradients, strict=True):
                 self._views[part.number][1].add_(gradient)
-            if plan.format_name == "int8":
+            if plan.wire.gradients == "int8":
                 self._take_off_codes(plan, pending.wire)
             else:
                 positions, _ = plan.topk(pending.wire)

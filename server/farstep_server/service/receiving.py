@@ -98,7 +98,7 @@ class WireFormats:
         if wire.gradients is None:
             return _Exact(plan_gradients(layout, forms, edited))
         if wire.compresses:
-            plan = compress_plan(layout, forms, edited, str(wire.gradients), wire.density)
+            plan = compress_plan(layout, forms, edited, wire)
             return _Compressed(plan, self._limit_bytes)
         return _Narrow(plan_gradients(layout, forms, edited), str(wire.gradients))
 
