@@ -35,7 +35,7 @@ INT8_BLOCK = 64
 DENSITY = 0.02
 """The part of the elements that top-k sends where nothing else is said."""
 
-LEAST_KEPT = 256
+LEAST_KEPT = 1024
 """Elements that top-k sends at least of a tensor: the small ones, biases and norms, are worth more than their bytes."""
 
 
@@ -50,8 +50,8 @@ class Wire:
             size. They are not for optimizers that a closure drives.
         parameters: ``"bfloat16"`` or ``"float16"``; None: as they are. The server's own stay float32; the worker holds them
             rounded, from the moment when it attaches. An average that is pulled is rounded too.
-        density: with ``gradients="topk"``, the part of each tensor's elements that is sent, 256 at least. A tensor of which
-            half or more would be sent, so each of up to 512 elements, travels as it is.
+        density: with ``gradients="topk"``, the part of each tensor's elements that is sent, 1,024 at least. A tensor of
+            which half or more would be sent, so each of up to 2,048 elements, travels as it is.
 
     Sparse gradients keep their indices; of their values only bfloat16 and float16 make less. Parameters that were edited on the
     worker, a hosted optimizer's first parameters, and state travel as they are.

@@ -25,7 +25,7 @@ WIRES = {
     "topk": Wire(gradients="topk", density=0.3),
     "int8, bfloat16 back": Wire(gradients="int8", parameters="bfloat16"),
 }
-SHAPES = [(9, 6), (17,), (), (5, 200), (700,)]
+SHAPES = [(9, 6), (17,), (), (5, 500), (5000,)]
 
 
 @pytest.fixture(params=sorted(WIRES))
@@ -45,7 +45,7 @@ def int8(values: Tensor) -> Tensor:
 
 def topk(values: Tensor, density: float) -> Tensor:
     """Return what values arrive as: the greatest of them, and zeros; all of them where half would be sent."""
-    count = max(256, math.ceil(density * values.numel()))
+    count = max(1024, math.ceil(density * values.numel()))
     if 2 * count >= values.numel():
         return values
     arrived = torch.zeros_like(values)
@@ -131,10 +131,10 @@ def test_layouts_and_dtypes(server: ServerProcess, name: str, wire: Wire) -> Non
         generator = torch.Generator().manual_seed(1)
         return [
             nn.Parameter(torch.randn(7, generator=generator, dtype=torch.float64)),
-            nn.Parameter(torch.randn(4, 3, 9, 9, generator=generator).to(memory_format=torch.channels_last)),
+            nn.Parameter(torch.randn(4, 6, 11, 11, generator=generator).to(memory_format=torch.channels_last)),
             nn.Parameter(torch.randn(3, 2, generator=generator, dtype=torch.complex64)),
             nn.Parameter(torch.empty(0)),
-            nn.Parameter(torch.randn(12, 60, generator=generator)),
+            nn.Parameter(torch.randn(60, 60, generator=generator)),
         ]
 
     ours, masters = make(), make()
@@ -265,9 +265,9 @@ def test_what_was_not_used_leaves_nothing_behind(server: ServerProcess, name: st
 
 def test_a_nan_that_is_used_is_not_kept(server: ServerProcess, name: str, wire: Wire) -> None:
     """Without the guard it does what it does in torch: to the parameters, not to the gradients that follow."""
-    ours = [nn.Parameter(torch.zeros(700)), nn.Parameter(torch.zeros(5))]
+    ours = [nn.Parameter(torch.zeros(3000)), nn.Parameter(torch.zeros(5))]
     own = optim.SGD(ours, lr=1.0, remote=_remote(server.address, name, wire))
-    gradients = [torch.ones(700), torch.ones(5)]
+    gradients = [torch.ones(3000), torch.ones(5)]
     gradients[0][70] = math.nan
     take(own, ours, gradients)  # type: ignore[arg-type]
     assert ours[0][70].isnan()
@@ -275,7 +275,7 @@ def test_a_nan_that_is_used_is_not_kept(server: ServerProcess, name: str, wire: 
         for parameter in ours:
             parameter.zero_()
     for _ in range(10):
-        take(own, ours, [torch.zeros(700), torch.zeros(5)])
+        take(own, ours, [torch.zeros(3000), torch.zeros(5)])
     assert all(bool(parameter.isfinite().all()) for parameter in ours)
     own.remote.close()
 
@@ -287,7 +287,7 @@ def test_accumulated_gradients_and_a_group_that_is_added(server: ServerProcess, 
     for step in range(4):
         if step == 2:
             for params, optimizer in ((ours, own), (masters, local)):
-                more = nn.Parameter(torch.ones(600))
+                more = nn.Parameter(torch.ones(2600))
                 optimizer.add_param_group({"params": [more], "lr": 0.5})
                 params.append(more)
         early, last = problems.dense(masters, step, 0), problems.dense(masters, 10 + step, 0)
@@ -316,7 +316,7 @@ def test_bytes_of_a_step(server: ServerProcess, name: str) -> None:
 
 
 def test_a_model_too_small_for_it(server: ServerProcess, name: str) -> None:
-    """Tensors of up to 512 elements travel as they are."""
+    """Tensors of up to 2,048 elements travel as they are."""
     ours, masters = (problems.parameters() for _ in range(2))
     own = optim.SGD(ours, lr=0.1, remote=_remote(server.address, name, Wire("topk")))
     local = torch.optim.SGD(masters, lr=0.1)

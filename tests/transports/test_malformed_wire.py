@@ -14,15 +14,15 @@ from farstep_wire.v1 import optimizer_pb2 as pb
 from tests.support.raw import RawSession, attach_message, flat_layout, layout_bytes
 from tests.support.servers import ServerProcess
 
-LAYOUT = flat_layout(600, 1000, 4)
-KEPT = 256  # of the first two; the third travels as it is
+LAYOUT = flat_layout(2600, 3000, 4)
+KEPT = 1024  # of the first two; the third travels as it is
 TOPK = pb.Wire(gradients=pb.WIRE_FORMAT_TOPK, density=0.02)
 INT8 = pb.Wire(gradients=pb.WIRE_FORMAT_INT8)
 BFLOAT16 = pb.Wire(gradients=pb.WIRE_FORMAT_BFLOAT16)
 NARROW_BYTES = LAYOUT.gradients.nbytes // 2
 TOPK_BYTES = 2 * 4 * 2 * KEPT + 64
-INT8_ELEMENTS = 640 + 1024 + 64
-INT8_BYTES = 128 + INT8_ELEMENTS  # 27 scales, filled up
+INT8_ELEMENTS = 2624 + 3008 + 64
+INT8_BYTES = 384 + INT8_ELEMENTS  # 89 scales, filled up
 ALLOWED_GROWTH_BYTES = 64 * 2**20
 
 
@@ -69,7 +69,7 @@ def session(server: ServerProcess, baseline: int) -> Iterator[RawSession]:
 
 
 def topk(first: dict[int, int] | None = None, second: dict[int, int] | None = None) -> bytes:
-    """Return a contribution of ones at positions 0 to 255 of both, but for some."""
+    """Return a contribution of ones at the first positions of both, but for some."""
     positions = [{**dict(enumerate(range(KEPT))), **(own or {})} for own in (first, second)]
     flat = [own[index] for own in positions for index in range(KEPT)]
     return (
@@ -81,10 +81,10 @@ def topk(first: dict[int, int] | None = None, second: dict[int, int] | None = No
 
 
 def test_topk_as_it_should_be(session: RawSession, name: str) -> None:
-    first, second, third = Hosted(session, name, TOPK).step(topk({255: 599}))
-    ones = torch.zeros(600)
-    ones[[*range(255), 599]] = 1.0
-    assert torch.equal(first, torch.zeros(600) - 0.1 * ones)
+    first, second, third = Hosted(session, name, TOPK).step(topk({1023: 2599}))
+    ones = torch.zeros(2600)
+    ones[[*range(1023), 2599]] = 1.0
+    assert torch.equal(first, torch.zeros(2600) - 0.1 * ones)
     assert second.count_nonzero() == KEPT
     assert third.tolist() == pytest.approx([-0.2] * 4)
 
@@ -92,11 +92,11 @@ def test_topk_as_it_should_be(session: RawSession, name: str) -> None:
 @pytest.mark.parametrize(
     ("body", "texts"),
     [
-        (topk({255: 600}), ("'0.0'", "position 600", "has 600 elements")),
+        (topk({1023: 2600}), ("'0.0'", "position 2600", "has 2600 elements")),
         (topk({0: -1}), ("'0.0'", "position -1")),
-        (topk(None, {255: 1000}), ("'0.1'", "position 1000", "has 1000 elements")),
+        (topk(None, {1023: 3000}), ("'0.1'", "position 3000", "has 3000 elements")),
         (topk(None, {0: -(2**31)}), ("'0.1'", f"position {-(2**31)}")),
-        (topk(None, {255: 2**31 - 1}), ("'0.1'", f"position {2**31 - 1}")),
+        (topk(None, {1023: 2**31 - 1}), ("'0.1'", f"position {2**31 - 1}")),
         (topk(None, {7: 8}), ("'0.1'", "do not ascend")),
         (topk({100: 2**31 - 1}), ("'0.0'", "do not ascend")),
         (topk({100: -5}), ("'0.0'", "do not ascend")),
@@ -140,9 +140,9 @@ def test_frames_of_a_few_elements(session: RawSession, name: str) -> None:
     """However a client cuts them, as long as elements stay whole."""
     hosted = Hosted(session, name, BFLOAT16)
     data = torch.ones(NARROW_BYTES // 2, dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
-    for start in range(0, NARROW_BYTES, 66):
+    for start in range(0, NARROW_BYTES, 166):
         head: dict[str, Any] = {} if start else {"contribution": hosted.message(), "total_bytes": NARROW_BYTES}
-        session.send_frame(request=9, offset=start, payload=data[start : start + 66], **head)
+        session.send_frame(request=9, offset=start, payload=data[start : start + 166], **head)
     frame, _ = session.answer()
     assert frame.stepped.outcome == pb.Stepped.OUTCOME_COMMITTED
 
@@ -152,10 +152,10 @@ def test_frames_of_a_few_elements(session: RawSession, name: str) -> None:
 def test_any_scale_and_code(session: RawSession, name: str, scale: float, code: int) -> None:
     """All of them mean something; what is not finite is what the guard is for."""
     hosted = Hosted(session, name, INT8)
-    scales = struct.pack("<f", scale) * 32
+    scales = struct.pack("<f", scale) * 96
     first, _, _ = hosted.step(scales + struct.pack("<b", code) * INT8_ELEMENTS)
-    expected = torch.full((600,), code, dtype=torch.int8) * torch.tensor(scale)
-    assert torch.equal(first, torch.zeros(600) - 0.1 * expected) or not expected.isfinite().all()
+    expected = torch.full((2600,), code, dtype=torch.int8) * torch.tensor(scale)
+    assert torch.equal(first, torch.zeros(2600) - 0.1 * expected) or not expected.isfinite().all()
     assert bool(first.isfinite().all()) == bool(expected.isfinite().all())
 
 
@@ -167,11 +167,11 @@ def _sparse(nnz: int) -> dict[str, Any]:
 @pytest.mark.parametrize(("wire", "value"), [(TOPK, 4), (INT8, 4), (BFLOAT16, 2)], ids=["topk", "int8", "bfloat16"])
 def test_sparse_gradients_beside_them(session: RawSession, name: str, wire: pb.Wire, value: int) -> None:
     hosted = Hosted(session, name, wire)
-    indices = struct.pack("<2q", 0, 999).ljust(64, b"\0")
+    indices = struct.pack("<2q", 0, 2600).ljust(64, b"\0")
     session.send(indices + bytes(64), contribution=hosted.message(**_sparse(2)))
     error = session.refusal()
     assert isinstance(error, InvalidRequestError)
-    assert "'0.0' (float32[600]) has the index 999" in str(error)
+    assert "'0.0' (float32[2600]) has the index 2600" in str(error)
     declared = 2**40 * (8 + value)
     session.send_frame(request=9, contribution=hosted.message(**_sparse(2**40)), total_bytes=declared, payload=b"12")
     assert isinstance(session.refusal(), ResourceExhaustedError)

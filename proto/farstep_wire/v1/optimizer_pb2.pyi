@@ -429,7 +429,7 @@ class Wire(_message.Message):
     """How parameters and averages of them are sent to the worker; BFLOAT16 and FLOAT16 alone are possible."""
     density: _builtins.float
     """With TOPK: the part of each gradient's elements that is sent, above 0 and at most 1. Of n elements these are
-    k = max(256, ceil(density * n)); where 2 k is n or more, the gradient is sent as it is.
+    k = max(1024, ceil(density * n)); where 2 k is n or more, the gradient is sent as it is.
     """
     def __init__(
         self,
