@@ -10,6 +10,7 @@ This module stands on torch and the standard library alone; the server's core us
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -206,14 +207,20 @@ class WideningSink:
 
     def __init__(self, places: Places) -> None:
         self._places = places
-        self._room = Room(0)
 
     def write(self, offset: int, data: memoryview) -> None:
         """Take the bytes that belong at the offset; InvalidRequestError where they end within an element."""
-        if len(data) > self._room.nbytes:
-            self._room = Room(len(data))
-        self._room.memory[: len(data)] = data
         try:
-            self._places.write(offset, self._room.tensor[: len(data)])
+            self._places.write(offset, torch.frombuffer(data, dtype=torch.uint8))
         except ValueError as error:
             raise InvalidRequestError(str(error)) from None
+
+
+def _said_once() -> None:
+    """Have torch say now, to nobody, what it says once in a process: that bytes which it is shown must not be written to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.frombuffer(b"\0", dtype=torch.uint8)
+
+
+_said_once()
