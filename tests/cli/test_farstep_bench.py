@@ -63,6 +63,15 @@ def test_the_table(server: ServerProcess, capsys: pytest.CaptureFixture[str]) ->
     assert hosted(server, capsys) == before
 
 
+def test_gradients_made_smaller(server: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench(server, "--sizes", "4MB", "--wire-dtype", "int8", "--json") == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["wire_dtype"] == "int8"
+    (own,) = figures["sizes"]
+    assert own["step_sent_bytes"] == pytest.approx(4e6 * 17 / 64, rel=0.01)
+    assert own["step_received_bytes"] == pytest.approx(4e6, rel=0.01)
+
+
 def test_sizes_that_the_link_is_too_slow_for(server, capsys, monkeypatch) -> None:
     monkeypatch.setattr(_bench, "_PATIENCE", 0.0)
     assert bench(server) == 0
@@ -79,6 +88,8 @@ def test_sizes_that_the_link_is_too_slow_for(server, capsys, monkeypatch) -> Non
         (["--sizes", "3"], "--sizes: '3' is not between 4 bytes and 16 GB"),
         (["--sizes", "17GB"], "--sizes: '17GB' is not between 4 bytes and 16 GB"),
         (["--transport", "pigeon"], "'pigeon'"),
+        (["--wire-dtype", "int4"], "'int4' is none of bfloat16, float16, int8, topk"),
+        (["--wire-dtype", "int8", "--transport", "shm"], "'int8' with transport='shm'"),
     ],
 )
 def test_what_cannot_be_meant(server: ServerProcess, capsys, words: list[str], says: str) -> None:

@@ -367,6 +367,7 @@ def _lbfgs(remote: Remote) -> Callable[[], object]:
         (lambda: Remote(wire_dtype="bf16"), r"wire_dtype: 'bf16' is none of bfloat16, float16, int8, topk"),
         (lambda: Remote(wire_dtype=torch.float64), r"wire_dtype: torch\.float64 is none of"),
         (lambda: Remote(wire_dtype="bfloat16", transport="shm"), r"'bfloat16' with transport='shm'"),
+        (lambda: Remote(wire_dtype="topk", transport="pg"), r"'topk' with transport='pg'"),
         (lambda: Remote(wire_dtype="int8", adopt_parameters=True), r"'int8' with adopt_parameters=True"),
         (lambda: Wire(parameters="int8"), r"parameters must be None or one of bfloat16, float16, not 'int8'"),
         (lambda: Wire(gradients=3), r"gradients must be None or one of .*, not 3"),

@@ -40,12 +40,12 @@ step:        of a hosted Adam (fused, one worker), gradients to parameters; loca
 ratio:       step / (exchange + local)
 The link is measured by gRPC, whatever the transport of the steps.
 
---json prints one object: address, server, transport (as asked for), round_trip_ms, sizes, left_out (bytes of sizes for which
-the link is too slow)
+--json prints one object: address, server, transport and wire_dtype (as asked for), round_trip_ms, sizes, left_out (bytes of
+sizes for which the link is too slow)
   server:         version, device, torch_version
   round_trip_ms:  count, min, p50, p99: a small message on an open stream and its answer
   sizes:          bytes, tensors, rounds, push_seconds, pull_seconds, exchange_seconds, step_seconds, local_seconds (medians),
-                  push_bytes_per_second, pull_bytes_per_second, ratio"""
+                  push_bytes_per_second, pull_bytes_per_second, ratio, step_sent_bytes and step_received_bytes (in messages)"""
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Plan:
     seconds: float
     round_trips: int
     transport: str | None
+    wire_dtype: str | None
     timeout: float | None
 
 
@@ -86,6 +87,7 @@ def measure(client: Client, address: Address, plan: Plan) -> views.View:
         "address": str(address),
         "server": {"version": info.version, "device": info.device, "torch_version": info.torch_version},
         "transport": plan.transport,
+        "wire_dtype": plan.wire_dtype,
         "round_trip_ms": trips,
         "sizes": found,
         "left_out": left_out,
@@ -106,15 +108,16 @@ def _expected_seconds(last: views.View, nbytes: int) -> float:
 
 
 def _size(client: Client, address: Address, plan: Plan, nbytes: int) -> views.View:
-    with client.exchange() as exchange, _steps(address, plan, nbytes) as (tensors, step, local):
+    with client.exchange() as exchange, _steps(address, plan, nbytes) as (optimizer, local):
         acts: dict[str, Callable[[], object]] = {
             "push": lambda: exchange(nbytes, 1),
             "pull": lambda: exchange(0, nbytes),
             "exchange": lambda: exchange(nbytes, nbytes),
-            "step": step,
+            "step": optimizer.step,
             "local": local,
         }
         times = _turns(acts, plan.seconds)
+        traffic, tensors = optimizer.remote.step_traffic, len(optimizer.param_groups[0]["params"])
     medians = {what: statistics.median(values) for what, values in times.items()}
     return {
         "bytes": nbytes,
@@ -124,6 +127,8 @@ def _size(client: Client, address: Address, plan: Plan, nbytes: int) -> views.Vi
         "push_bytes_per_second": nbytes / medians["push"],
         "pull_bytes_per_second": nbytes / medians["pull"],
         "ratio": medians["step"] / (medians["exchange"] + medians["local"]),
+        "step_sent_bytes": traffic.sent,
+        "step_received_bytes": traffic.received,
     }
 
 
@@ -147,18 +152,15 @@ def _seconds(act: Callable[[], object]) -> float:
 
 
 @contextmanager
-def _steps(
-    address: Address, plan: Plan, nbytes: int
-) -> Iterator[tuple[int, Callable[[], object], Callable[[], object]]]:
-    """Yield the number of tensors, a step of a hosted optimizer and one of a local one."""
+def _steps(address: Address, plan: Plan, nbytes: int) -> Iterator[tuple[Any, Callable[[], object]]]:
+    """Yield a hosted optimizer and a step of a local one."""
     import torch
 
     from farstep import Remote, Sync, Timeouts, optim
 
     seconds = plan.timeout or WRITE_SECONDS
     timeouts = Timeouts(connect=min(30.0, seconds), step=seconds, reconnect=min(10.0, seconds))
-    chosen: dict[str, Any] = {} if plan.transport is None else {"transport": plan.transport}
-    remote = Remote(str(address), policy=Sync(1), worker="farstep-bench", timeouts=timeouts, **chosen)
+    remote = Remote(str(address), policy=Sync(1), worker="farstep-bench", timeouts=timeouts, **_ways(plan))
     count = math.ceil(nbytes / 4 / _TENSOR_ELEMENTS)
     own, locals_ = (
         [torch.nn.Parameter(part) for part in torch.zeros(nbytes // 4).tensor_split(count)] for _ in range(2)
@@ -167,21 +169,33 @@ def _steps(
         parameter.grad = local.grad = torch.full_like(parameter, 1e-3)
     optimizer: Any = optim.Adam(own, lr=1e-3, fused=True, remote=remote)
     try:
-        yield count, optimizer.step, torch.optim.Adam(locals_, lr=1e-3, fused=True).step
+        yield optimizer, torch.optim.Adam(locals_, lr=1e-3, fused=True).step
     finally:
         optimizer.remote.close()
 
 
+def _ways(plan: Plan) -> dict[str, Any]:
+    """Return how the tensors are to travel, as a Remote takes it."""
+    chosen = {"transport": plan.transport, "wire_dtype": plan.wire_dtype}
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
 def plan_from(
-    sizes: str | None, seconds: float, round_trips: int, transport: str | None, timeout: float | None
+    sizes: str | None,
+    seconds: float,
+    round_trips: int,
+    transport: str | None,
+    wire_dtype: str | None,
+    timeout: float | None,
 ) -> Plan:
     """Return the plan that a command line means; ConfigurationError quotes what is none."""
     try:
         chosen = None if sizes is None else tuple(parse_size(text) for text in sizes.split(","))
     except ValueError as error:
         raise ConfigurationError(f"--sizes: {error}") from None
-    if transport is not None:
+    plan = Plan(chosen, seconds, round_trips, transport, wire_dtype, timeout)
+    if ways := _ways(plan):
         from farstep import Remote
 
-        Remote(transport=transport)  # type: ignore[arg-type]
-    return Plan(chosen, seconds, round_trips, transport, timeout)
+        Remote(**ways)
+    return plan

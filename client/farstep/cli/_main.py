@@ -159,6 +159,8 @@ def _add_bench(parsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     bench.add_argument("--count", metavar="N", type=_at_least(1), default=200, help="round trips to time (200)")
     text = "of the steps, as in farstep.Remote (default: as training scripts have it)"
     bench.add_argument("--transport", metavar="NAME", help=text)
+    text = "of the steps: bfloat16, float16, int8 or topk (default: float32 as it is)"
+    bench.add_argument("--wire-dtype", metavar="NAME", help=text)
 
 
 def _add_rounds(parsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

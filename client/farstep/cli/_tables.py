@@ -303,9 +303,22 @@ def bench(view: View) -> Group:
     """Draw what was measured of a link."""
     server, trips = view["server"], view["round_trip_ms"]
     transport = f", transport {clean(view['transport'])}" if view["transport"] else ""
-    about = f"{clean(view['address'])}: farstep {clean(server['version'])} on {clean(server['device'])}{transport}"
+    narrow = f", wire_dtype {clean(view['wire_dtype'])}" if view["wire_dtype"] else ""
+    about = (
+        f"{clean(view['address'])}: farstep {clean(server['version'])} on {clean(server['device'])}{transport}{narrow}"
+    )
     trip = f"round trip: p50 {trips['p50']:.3g} ms, p99 {trips['p99']:.3g} ms over {trips['count']}"
-    columns = ("model", "push", "pull", "exchange", "step", "local", "step / (exchange + local)", "rounds")
+    columns = (
+        "model",
+        "push",
+        "pull",
+        "exchange",
+        "step",
+        "local",
+        "step / (exchange + local)",
+        "rounds",
+        "sent, received",
+    )
     rows = (
         (
             _decimal(own["bytes"]),
@@ -316,6 +329,7 @@ def bench(view: View) -> Group:
             _duration(own["local_seconds"]),
             f"{own['ratio']:.2f}",
             str(own["rounds"]),
+            f"{_decimal(own['step_sent_bytes'])}, {_decimal(own['step_received_bytes'])}",
         )
         for own in view["sizes"]
     )

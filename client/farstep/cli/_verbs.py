@@ -227,7 +227,14 @@ def doctor(arguments: argparse.Namespace, address: Address) -> int:
 
 def bench(arguments: argparse.Namespace, address: Address) -> int:
     """Measure the link to the server, and steps over it."""
-    plan = plan_from(arguments.sizes, arguments.seconds, arguments.count, arguments.transport, arguments.timeout)
+    plan = plan_from(
+        arguments.sizes,
+        arguments.seconds,
+        arguments.count,
+        arguments.transport,
+        arguments.wire_dtype,
+        arguments.timeout,
+    )
     with _client(arguments, address) as client:
         view = measure(client, address, plan)
     if arguments.json:
