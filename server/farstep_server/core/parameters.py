@@ -20,8 +20,9 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from farstep_server.core.narrowed import NarrowCopies, NarrowReading
 from farstep_wire.layout import Layout
-from farstep_wire.narrowing import Narrowing, NarrowSource
+from farstep_wire.narrowing import Narrowing
 
 
 def tensor_memory(buffer: Tensor) -> memoryview:
@@ -34,16 +35,19 @@ def tensor_memory(buffer: Tensor) -> memoryview:
 class ParameterReader:
     """The bytes of the parameters at one version, to be read in ranges by another thread.
 
-    ``layout``: what lies where. ``holdable``: the owner can leave the buffer to those who read it in place; else they get a
-    copy.
+    ``layout``: what lies where. ``copies``: what it shares with other readers of the version. ``holdable``: the owner can leave
+    the buffer to those who read it in place; else they get a copy.
     """
 
-    def __init__(self, buffer: Tensor, layout: Layout, *, holdable: bool = True) -> None:
+    def __init__(
+        self, buffer: Tensor, layout: Layout, copies: NarrowCopies | None = None, *, holdable: bool = True
+    ) -> None:
         self.nbytes = buffer.numel()
         self.layout = layout
         self._buffer: Tensor | None = buffer
+        self._copies = copies or NarrowCopies()
         self._narrowing: Narrowing | None = None
-        self._source: NarrowSource | None = None
+        self._narrowed: NarrowReading | None = None
         self._holdable = holdable
         self._held = False
         self._lock = threading.Lock()
@@ -59,17 +63,17 @@ class ParameterReader:
             if self._narrowing is None:
                 result = b"".join((*prefix, tensor_memory(self._buffer)[start:stop]))
             else:
-                if self._source is None:
-                    self._source = NarrowSource(self._narrowing.places_in(self._buffer), self.nbytes)
-                result = self._source.join(prefix, start, stop)
+                if self._narrowed is None:
+                    self._narrowed = NarrowReading(self._narrowing, self._buffer, self._copies)
+                result = self._narrowed.join(prefix, start, stop)
             if stop == self.nbytes:
-                self._buffer = self._source = None
+                self._buffer = self._narrowed = None
         return result
 
     def close(self) -> None:
         """End the reading early."""
         with self._lock:
-            self._buffer = self._source = None
+            self._buffer = self._narrowed = None
 
     def hold(self) -> Tensor:
         """Return all of the bytes, to be read in place by others; until ``close`` nobody writes there."""
@@ -84,7 +88,9 @@ class ParameterReader:
         """Read on from a copy of the buffer; False where others read in place."""
         with self._lock:
             if self._buffer is not None and not self._held:
-                self._buffer, self._source = copy, None
+                self._buffer = copy
+                if self._narrowed is not None:
+                    self._narrowed.move_to(copy)
             return self._buffer is None or not self._held or not self._holdable
 
     @property
@@ -127,6 +133,7 @@ class ParameterStore:
         self._host = contents
         self._host_is_current = True
         self._readers: list[ref[ParameterReader]] = []
+        self._copies = NarrowCopies()
         self.shared: SharedArena | None = None
 
     @property
@@ -163,7 +170,9 @@ class ParameterStore:
 
     def reader(self) -> ParameterReader:
         """Return a reader of the parameters as they stand."""
-        reader = ParameterReader(self.host(), self.layout, holdable=self.shared is None)
+        buffer = self.host()
+        reader = ParameterReader(buffer, self.layout, self._copies, holdable=self.shared is None)
+        self._copies.readers += 1
         self._readers.append(ref(reader))
         return reader
 
@@ -193,6 +202,7 @@ class ParameterStore:
             if staying:
                 self._move_to(copy if len(staying) == len(unfinished) else copy.clone())
         self._readers.clear()
+        self._copies = NarrowCopies()
 
     def write(self, contents: Tensor) -> None:
         """Replace all parameters by the bytes of another arena of the same layout."""
