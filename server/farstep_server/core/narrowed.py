@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -13,11 +12,11 @@ from farstep_wire.narrowing import Narrowing, NarrowSource, Places
 
 
 class _Copy:
-    """The narrowed bytes of one version, made as far as somebody has come to read."""
+    """The narrowed bytes of one version, made as far as somebody has come to read. ``memory`` is overwritten."""
 
-    def __init__(self, nbytes: int) -> None:
-        self._bytes = bytearray(nbytes)
-        self._tensor = torch.frombuffer(self._bytes, dtype=torch.uint8)
+    def __init__(self, memory: bytearray) -> None:
+        self.memory = memory
+        self._tensor = torch.frombuffer(memory, dtype=torch.uint8)
         self._made = 0
         self._lock = threading.Lock()
 
@@ -27,37 +26,57 @@ class _Copy:
             if self._made < stop:
                 places.read(self._made, stop, self._tensor[self._made : stop])
                 self._made = stop
-        return b"".join((*prefix, memoryview(self._bytes)[start:stop]))
+        return b"".join((*prefix, memoryview(self.memory)[start:stop]))
+
+
+Spare = dict[torch.dtype, bytearray]
+"""Memory of copies that nobody reads any more, for the next version's: taken anew, its pages would cost more than they save."""
 
 
 class NarrowCopies:
-    """What the readers of one version share; nothing is kept that none of them reads any more.
+    """What the readers of one version share. The owner adds them, before the first of them is read."""
 
-    ``readers``: how many there are. The owner counts them, before the first of them is read.
-    """
-
-    def __init__(self) -> None:
-        self.readers = 0
-        self._copies: WeakValueDictionary[torch.dtype, _Copy] = WeakValueDictionary()
+    def __init__(self, spare: Spare) -> None:
+        self._spare = spare
+        self._readers = 0
+        self._reading = 0
+        self._copies: dict[torch.dtype, _Copy] = {}
         self._lock = threading.Lock()
+
+    def add_reader(self) -> None:
+        """There is one reader more."""
+        with self._lock:
+            self._readers += 1
+            self._reading += 1
+
+    def end_reader(self) -> None:
+        """One has come to its end; the last one leaves the memory to others."""
+        with self._lock:
+            self._reading -= 1
+            if not self._reading:
+                self._spare.update((dtype, copy.memory) for dtype, copy in self._copies.items())
+                self._copies.clear()
 
     def take(self, narrowing: Narrowing) -> _Copy | None:
         """Return the copy for a dtype; None for a single reader, which needs none."""
-        if self.readers < 2:
-            return None
         with self._lock:
+            if self._readers < 2:
+                return None
             copy = self._copies.get(narrowing.dtype)
             if copy is None:
-                copy = self._copies[narrowing.dtype] = _Copy(narrowing.nbytes)
+                memory = self._spare.pop(narrowing.dtype, None)
+                if memory is None or len(memory) != narrowing.nbytes:
+                    memory = bytearray(narrowing.nbytes)
+                copy = self._copies[narrowing.dtype] = _Copy(memory)
             return copy
 
 
 class NarrowReading:
     """One reader's narrowed bytes of the arena ``buffer``."""
 
-    def __init__(self, narrowing: Narrowing, buffer: Tensor, copies: NarrowCopies) -> None:
+    def __init__(self, narrowing: Narrowing, buffer: Tensor, copies: NarrowCopies | None) -> None:
         self._narrowing = narrowing
-        self._copy = copies.take(narrowing)
+        self._copy = None if copies is None else copies.take(narrowing)
         self.move_to(buffer)
 
     def move_to(self, buffer: Tensor) -> None:

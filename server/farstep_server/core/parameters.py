@@ -20,7 +20,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from farstep_server.core.narrowed import NarrowCopies, NarrowReading
+from farstep_server.core.narrowed import NarrowCopies, NarrowReading, Spare
 from farstep_wire.layout import Layout
 from farstep_wire.narrowing import Narrowing
 
@@ -45,7 +45,7 @@ class ParameterReader:
         self.nbytes = buffer.numel()
         self.layout = layout
         self._buffer: Tensor | None = buffer
-        self._copies = copies or NarrowCopies()
+        self._copies = copies
         self._narrowing: Narrowing | None = None
         self._narrowed: NarrowReading | None = None
         self._holdable = holdable
@@ -67,13 +67,18 @@ class ParameterReader:
                     self._narrowed = NarrowReading(self._narrowing, self._buffer, self._copies)
                 result = self._narrowed.join(prefix, start, stop)
             if stop == self.nbytes:
-                self._buffer = self._narrowed = None
+                self._end()
         return result
+
+    def _end(self) -> None:
+        if self._buffer is not None and self._copies is not None:
+            self._copies.end_reader()
+        self._buffer = self._narrowed = None
 
     def close(self) -> None:
         """End the reading early."""
         with self._lock:
-            self._buffer = self._narrowed = None
+            self._end()
 
     def hold(self) -> Tensor:
         """Return all of the bytes, to be read in place by others; until ``close`` nobody writes there."""
@@ -133,7 +138,8 @@ class ParameterStore:
         self._host = contents
         self._host_is_current = True
         self._readers: list[ref[ParameterReader]] = []
-        self._copies = NarrowCopies()
+        self._spare: Spare = {}
+        self._copies = NarrowCopies(self._spare)
         self.shared: SharedArena | None = None
 
     @property
@@ -172,7 +178,7 @@ class ParameterStore:
         """Return a reader of the parameters as they stand."""
         buffer = self.host()
         reader = ParameterReader(buffer, self.layout, self._copies, holdable=self.shared is None)
-        self._copies.readers += 1
+        self._copies.add_reader()
         self._readers.append(ref(reader))
         return reader
 
@@ -202,7 +208,7 @@ class ParameterStore:
             if staying:
                 self._move_to(copy if len(staying) == len(unfinished) else copy.clone())
         self._readers.clear()
-        self._copies = NarrowCopies()
+        self._copies = NarrowCopies(self._spare)
 
     def write(self, contents: Tensor) -> None:
         """Replace all parameters by the bytes of another arena of the same layout."""
