@@ -38,8 +38,6 @@ TOKEN_BYTES = 16
 STEP_SECONDS = 2.0
 """For one wait of the backend while a group is made. Its own attempts to connect end after some five times that."""
 
-_WINDOW = 8
-"""Blocks that are under way at once."""
 _ENTRIES = 64
 _KEY_BYTES = 256
 _VALUE_BYTES = 64 * 1024
@@ -221,16 +219,14 @@ class Group:
     def send(self, tensors: Iterable[Tensor], stall_seconds: float) -> None:
         """Send blocks; GroupError where one does not go through within so many seconds of the last.
 
-        They may be made one by one: only a few are under way at once. Afterwards, and after a failure, they are free.
+        All are under way at once. Afterwards, and after a failure, they are free.
         """
         pending: deque[Posted] = deque()
         try:
-            for tensor in tensors:
-                if len(pending) == _WINDOW:
-                    self.wait(pending.popleft(), stall_seconds)
-                pending.append(self.post(tensor))
+            pending.extend(map(self.post, tensors))
             while pending:
-                self.wait(pending.popleft(), stall_seconds)
+                self.wait(pending[0], stall_seconds)
+                pending.popleft()
         finally:
             self._end(pending)
 
@@ -239,12 +235,11 @@ class Group:
         pending: deque[Posted] = deque()
         try:
             for tensor in tensors:
-                if len(pending) == _WINDOW:
-                    yield self._arrived(pending, stall_seconds)
                 pending.append(Posted(self._post("recv", tensor, self._received), tensor))
                 self._received += 1
             while pending:
-                yield self._arrived(pending, stall_seconds)
+                self.wait(pending[0], stall_seconds)
+                yield pending.popleft().tensor
         finally:
             self._end(pending)
 
@@ -257,10 +252,6 @@ class Group:
         if bytes(seen.tolist()) != own:
             self.close()
             raise GroupError("somebody else has taken the other end's place in the process group")
-
-    def _arrived(self, pending: deque[Posted], stall_seconds: float) -> Tensor:
-        self.wait(pending[0], stall_seconds)
-        return pending.popleft().tensor
 
     def _end(self, pending: deque[Posted]) -> None:
         if pending:

@@ -132,21 +132,13 @@ class ProcessGroupCarrier(Carrier):
 
     def receive(self, frame: pb.ServerFrame, sink: Sink, deadline: float) -> None:
         """Receive parameters; see Carrier."""
-        staged: deque[tuple[int, bool]] = deque()
-
-        def tensors() -> Iterator[Tensor]:
-            for start, stop in ranges:
-                window = sink.window(start, stop) if isinstance(sink, ScatterSink) else None
-                staged.append((start, window is None))
-                yield torch.empty(stop - start, dtype=torch.uint8) if window is None else _of(window)
-
         try:
-            ranges = places(frame.blocks, frame.total_bytes)
-            stall_seconds = min(self._stall_seconds, deadline - time.monotonic())
-            for tensor in self._group.receive(tensors(), stall_seconds):
-                start, is_staged = staged.popleft()
-                if is_staged:
-                    sink.write(start, memory(tensor, tensor.numel()))
+            for batch in _batches(places(frame.blocks, frame.total_bytes), sink):
+                stall_seconds = min(self._stall_seconds, deadline - time.monotonic())
+                arriving = self._group.receive([tensor for tensor, _ in batch], stall_seconds)
+                for tensor, (_, start) in zip(arriving, batch, strict=True):
+                    if start is not None:
+                        sink.write(start, memory(tensor, tensor.numel()))
         except GroupError as error:
             late = time.monotonic() >= deadline
             raise (DeadlineError if late else UnavailableError)(str(error)) from None
@@ -158,6 +150,23 @@ class ProcessGroupCarrier(Carrier):
         self._group.close()
         self._under_way.clear()
         self._body = None
+
+
+def _batches(ranges: list[tuple[int, int]], sink: Sink) -> Iterator[list[tuple[Tensor, int | None]]]:
+    """Yield the tensors that blocks come into: a parameter's own memory, or else memory from where they go on to an offset.
+
+    Of the latter no more than _MOST_GATHERED at a time.
+    """
+    batch: list[tuple[Tensor, int | None]] = []
+    staged = 0
+    for start, stop in ranges:
+        window = sink.window(start, stop) if isinstance(sink, ScatterSink) else None
+        staged += window is None
+        if staged > _MOST_GATHERED:
+            yield batch
+            batch, staged = [], 1
+        batch.append((torch.empty(stop - start, dtype=torch.uint8), start) if window is None else (_of(window), None))
+    yield batch
 
 
 def _of(data: memoryview) -> Tensor:
