@@ -84,7 +84,10 @@ class RemoteHandle:
 
     @property
     def step_traffic(self) -> Traffic:
-        """Bytes sent and received for the last step, closure evaluations and reconnects in it included; asks nobody."""
+        """Bytes sent and received in the last ``step``, closure evaluations and reconnects in it included; asks nobody.
+
+        With ``overlap`` what left before it and what came in after it is not among them; ``traffic`` has that too.
+        """
         return self._optimizer._farstep.step_traffic
 
     @property

@@ -181,7 +181,7 @@ class Session(Holdings):
             return pb.ClientFrame(contribution=message), body
 
         before = self.link.traffic
-        if self._feedback is None:
+        if self._feedback is None or load.whole is None:
             stepped = self.link.call(make, handle)
         else:
             stepped = self._feedback.follow(message.sequence, lambda: self.link.call(make, handle), _used)
