@@ -110,7 +110,7 @@ class Attachment:
     def attach(self, groups: Groups) -> None:
         """Create the hosted optimizer or join it; afterwards parameters and options are those of the server."""
         self._bind(groups)
-        link = Link(self.address, self.remote, self._attach_message, self._open_lane)
+        link = Link(self.address, self.remote, self._attach_message, self._lanes.open_pipes, self._open_lane)
         attached = link.attach(self.binding.contents)
         self._link = link
         self.accumulated = 0

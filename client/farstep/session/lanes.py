@@ -9,9 +9,11 @@ from farstep.config import Remote
 from farstep.session.binding import Binding
 from farstep.transports.base import Carrier, Lane
 from farstep.transports.pg import make_carrier
+from farstep.transports.pipe import agree_on_pipes
 from farstep.transports.shm import SharedMemoryLane
 from farstep_wire.address import Address
-from farstep_wire.errors import FarstepError, UnavailableError
+from farstep_wire.errors import ConfigurationError, FarstepError, UnavailableError
+from farstep_wire.pipes import PipeError, Pipes
 from farstep_wire.shared_memory import SharedMemoryError
 from farstep_wire.v1 import optimizer_pb2 as pb
 
@@ -52,6 +54,20 @@ class Lanes:
             raise
         except (SharedMemoryError, FarstepError) as error:
             self._tell(str(error))
+            return None
+
+    def open_pipes(self, exchange: Exchange) -> Pipes | None:
+        """Return pipes for a newly attached stream, where it reaches a server on this host directly; else None.
+
+        UnavailableError: the stream broke meanwhile.
+        """
+        wanted = self._remote.transport in {"auto", "shm"} and self._remote.wire.exact
+        if not wanted or not self._address.is_loopback:
+            return None
+        try:
+            return agree_on_pipes(exchange, self._address.target)
+        except (PipeError, ConfigurationError) as error:
+            _LOGGER.debug("farstep: no pipes to %s, messages travel over gRPC: %s", self._address, error)
             return None
 
     def _wanted(self, binding: Binding) -> bool:

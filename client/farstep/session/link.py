@@ -20,6 +20,7 @@ from farstep.embedded import embedded_server_ended
 from farstep.session.arrivals import Arrival
 from farstep.transports.base import Carrier, Lane, Rest, SinkFor, Stream, Traffic, Transport
 from farstep.transports.grpc import GrpcTransport
+from farstep.transports.pipe import PipedStream
 from farstep_wire import __version__
 from farstep_wire.address import Address
 from farstep_wire.convert import failure_from_proto
@@ -36,6 +37,7 @@ from farstep_wire.errors import (
 )
 from farstep_wire.frames import EMPTY, BytesSource, NullSink
 from farstep_wire.limits import PROTOCOL
+from farstep_wire.pipes import Pipes
 from farstep_wire.v1 import optimizer_pb2 as pb
 
 _LOGGER = logging.getLogger("farstep")
@@ -45,7 +47,9 @@ _LEAVE_SECONDS = 2.0
 _WORD_SECONDS = 0.5
 
 Result = TypeVar("Result")
-OpenLane = Callable[[Callable[[pb.ClientFrame], pb.ServerFrame]], Lane | Carrier | None]
+Exchange = Callable[[pb.ClientFrame], pb.ServerFrame]
+OpenLane = Callable[[Exchange], Lane | Carrier | None]
+OpenPipes = Callable[[Exchange], Pipes | None]
 
 
 @dataclass
@@ -67,8 +71,8 @@ class Standing:
 class Link:
     """A client's connection to one hosted optimizer.
 
-    ``describe_attach`` gives the Attach message and the layout's bytes; it is asked anew at each attempt. ``open_lane`` agrees
-    on a lane for a stream that has just been attached.
+    ``describe_attach`` gives the Attach message and the layout's bytes; it is asked anew at each attempt. ``open_pipes`` and
+    ``open_lane`` agree on pipes and on a lane for a stream that has just been attached.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class Link:
         address: Address,
         remote: Remote,
         describe_attach: Callable[[], tuple[pb.Attach, BytesSource]],
+        open_pipes: OpenPipes,
         open_lane: OpenLane,
     ) -> None:
         self.address = address
@@ -83,6 +88,7 @@ class Link:
         self.sent = False
         self._remote = remote
         self._describe_attach = describe_attach
+        self._open_pipes = open_pipes
         self._open_lane = open_lane
         self.lane: Lane | None = None
         self.arrival: Arrival | None = None
@@ -101,9 +107,11 @@ class Link:
     @property
     def transport(self) -> str:
         """How tensors travel."""
-        carrier = None if self._stream is None else self._stream.carrier
-        way = carrier if self.lane is None else self.lane
-        return "grpc" if way is None else way.name
+        stream = self._stream
+        if stream is None:
+            return "grpc"
+        way = self.lane or stream.carrier or stream
+        return way.name
 
     @property
     def traffic(self) -> Traffic:
@@ -136,8 +144,14 @@ class Link:
         """Agree with the server on the lane of the stream as it is, in place of the one that it has."""
         self._close_lane(settled=True)
         stream = self._whole()
+
+        def exchange(frame: pb.ClientFrame) -> pb.ServerFrame:
+            return self._exchange(frame, EMPTY, deadline)
+
+        if not isinstance(stream, PipedStream) and (pipes := self._open_pipes(exchange)) is not None:
+            self._stream = PipedStream(stream, pipes, str(self.address))
         if stream.carrier is None:  # a carrier is of no particular layout
-            found = self._open_lane(lambda frame: self._exchange(frame, EMPTY, deadline))
+            found = self._open_lane(exchange)
             if isinstance(found, Carrier):
                 stream.carrier = found
             else:
@@ -243,7 +257,10 @@ class Link:
     def open(self) -> bool:
         """Whether there is a stream to send on just now, and tensors go in its messages."""
         stream = self._stream
-        return stream is not None and stream.carrier is None and self.lane is None and self._process == os.getpid()
+        beside = (
+            self.lane is not None or stream is None or stream.carrier is not None or isinstance(stream, PipedStream)
+        )
+        return not beside and self._process == os.getpid()
 
     def send(self, frame: pb.ClientFrame, body: BytesSource = EMPTY) -> None:
         """Send a message on the stream as it is; UnavailableError where a request in between has lost it."""

@@ -72,6 +72,8 @@ class Carrier(ABC):
 class Stream(ABC):
     """One session's stream. ``send`` may be called from any thread, ``receive`` from one at a time."""
 
+    name = "grpc"
+    """What its messages travel by."""
     carrier: Carrier | None = None
     """What takes the bytes of messages, where something does."""
 

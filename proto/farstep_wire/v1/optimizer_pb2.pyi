@@ -111,6 +111,7 @@ class ClientFrame(_message.Message):
     ACCUMULATE_FIELD_NUMBER: _builtins.int
     SHARE_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
+    DIRECT_FIELD_NUMBER: _builtins.int
     GROUP_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
@@ -181,6 +182,10 @@ class ClientFrame(_message.Message):
         """Brings gradients before their contribution; it has no reply."""
 
     @_builtins.property
+    def direct(self) -> Global___Direct:
+        """Asks for pipes to the server's host, or answers what was offered."""
+
+    @_builtins.property
     def group(self) -> Global___Group:
         """Makes a process group for the bytes of tensors."""
 
@@ -208,17 +213,18 @@ class ClientFrame(_message.Message):
         accumulate: Global___Accumulate | None = ...,
         share: Global___Share | None = ...,
         stage: Global___Stage | None = ...,
+        direct: Global___Direct | None = ...,
         group: Global___Group | None = ...,
         total_bytes: _builtins.int = ...,
         offset: _builtins.int = ...,
         payload: _builtins.bytes = ...,
         blocks: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accumulate", b"accumulate", "add_param_group", b"add_param_group", "attach", b"attach", "body", b"body", "contribution", b"contribution", "evaluation", b"evaluation", "get_state", b"get_state", "group", b"group", "heartbeat", b"heartbeat", "leave", b"leave", "load_state", b"load_state", "pull", b"pull", "share", b"share", "stage", b"stage", "upload", b"upload", "zero_grad", b"zero_grad"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accumulate", b"accumulate", "add_param_group", b"add_param_group", "attach", b"attach", "body", b"body", "contribution", b"contribution", "direct", b"direct", "evaluation", b"evaluation", "get_state", b"get_state", "group", b"group", "heartbeat", b"heartbeat", "leave", b"leave", "load_state", b"load_state", "pull", b"pull", "share", b"share", "stage", b"stage", "upload", b"upload", "zero_grad", b"zero_grad"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accumulate", b"accumulate", "add_param_group", b"add_param_group", "attach", b"attach", "blocks", b"blocks", "body", b"body", "contribution", b"contribution", "evaluation", b"evaluation", "get_state", b"get_state", "group", b"group", "heartbeat", b"heartbeat", "leave", b"leave", "load_state", b"load_state", "offset", b"offset", "payload", b"payload", "pull", b"pull", "request", b"request", "share", b"share", "stage", b"stage", "total_bytes", b"total_bytes", "upload", b"upload", "zero_grad", b"zero_grad"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accumulate", b"accumulate", "add_param_group", b"add_param_group", "attach", b"attach", "blocks", b"blocks", "body", b"body", "contribution", b"contribution", "direct", b"direct", "evaluation", b"evaluation", "get_state", b"get_state", "group", b"group", "heartbeat", b"heartbeat", "leave", b"leave", "load_state", b"load_state", "offset", b"offset", "payload", b"payload", "pull", b"pull", "request", b"request", "share", b"share", "stage", b"stage", "total_bytes", b"total_bytes", "upload", b"upload", "zero_grad", b"zero_grad"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["attach", "upload", "contribution", "evaluation", "zero_grad", "pull", "get_state", "load_state", "add_param_group", "heartbeat", "leave", "accumulate", "share", "stage", "group"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["attach", "upload", "contribution", "evaluation", "zero_grad", "pull", "get_state", "load_state", "add_param_group", "heartbeat", "leave", "accumulate", "share", "stage", "direct", "group"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -239,6 +245,7 @@ class ServerFrame(_message.Message):
     DONE_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     SHARED_FIELD_NUMBER: _builtins.int
+    PIPED_FIELD_NUMBER: _builtins.int
     GROUPED_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
@@ -285,6 +292,10 @@ class ServerFrame(_message.Message):
         """Answers Share."""
 
     @_builtins.property
+    def piped(self) -> Global___Piped:
+        """Answers Direct."""
+
+    @_builtins.property
     def grouped(self) -> Global___Grouped:
         """Answers Group."""
 
@@ -304,17 +315,18 @@ class ServerFrame(_message.Message):
         done: Global___Done | None = ...,
         failure: _common_pb2.Failure | None = ...,
         shared: Global___Shared | None = ...,
+        piped: Global___Piped | None = ...,
         grouped: Global___Grouped | None = ...,
         total_bytes: _builtins.int = ...,
         offset: _builtins.int = ...,
         payload: _builtins.bytes = ...,
         blocks: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "body", b"body", "done", b"done", "evaluate", b"evaluate", "failure", b"failure", "grouped", b"grouped", "parameters", b"parameters", "shared", b"shared", "state", b"state", "stepped", b"stepped"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "body", b"body", "done", b"done", "evaluate", b"evaluate", "failure", b"failure", "grouped", b"grouped", "parameters", b"parameters", "piped", b"piped", "shared", b"shared", "state", b"state", "stepped", b"stepped"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "blocks", b"blocks", "body", b"body", "done", b"done", "evaluate", b"evaluate", "failure", b"failure", "grouped", b"grouped", "offset", b"offset", "parameters", b"parameters", "payload", b"payload", "request", b"request", "shared", b"shared", "state", b"state", "stepped", b"stepped", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "blocks", b"blocks", "body", b"body", "done", b"done", "evaluate", b"evaluate", "failure", b"failure", "grouped", b"grouped", "offset", b"offset", "parameters", b"parameters", "payload", b"payload", "piped", b"piped", "request", b"request", "shared", b"shared", "state", b"state", "stepped", b"stepped", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["attached", "stepped", "evaluate", "parameters", "state", "done", "failure", "shared", "grouped"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["attached", "stepped", "evaluate", "parameters", "state", "done", "failure", "shared", "piped", "grouped"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -1102,6 +1114,98 @@ class Share(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Share: _TypeAlias = Share  # noqa: Y015
+
+@_typing.final
+class Direct(_message.Message):
+    """A pair of pipes takes two requests, as shared memory does. After Done the session goes on in the pipes: each of its messages, with
+    its length before it in four bytes, least first. The stream then carries heartbeats alone, and ends the session when it ends.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROOF_FIELD_NUMBER: _builtins.int
+    DECLINED_FIELD_NUMBER: _builtins.int
+    DIRECTLY_AT_FIELD_NUMBER: _builtins.int
+    proof: _builtins.bytes
+    """The bytes that the server has written into the pipe of its replies; empty: there are none yet."""
+    declined: _builtins.str
+    """Why the client will do without, in words."""
+    directly_at: _builtins.str
+    """Where the client reaches the server: there are pipes only where nothing stands between the two."""
+    def __init__(
+        self,
+        *,
+        proof: _builtins.bytes = ...,
+        declined: _builtins.str = ...,
+        directly_at: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["declined", b"declined", "directly_at", b"directly_at", "proof", b"proof"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Direct: _TypeAlias = Direct  # noqa: Y015
+
+@_typing.final
+class Piped(_message.Message):
+    """Where the pipes are."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROCESS_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    REPLIES_FIELD_NUMBER: _builtins.int
+    process: _builtins.int
+    """The process that has them open."""
+    @_builtins.property
+    def requests(self) -> Global___PipeName:
+        """The end that takes requests."""
+
+    @_builtins.property
+    def replies(self) -> Global___PipeName:
+        """The end that gives replies."""
+
+    def __init__(
+        self,
+        *,
+        process: _builtins.int = ...,
+        requests: Global___PipeName | None = ...,
+        replies: Global___PipeName | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["replies", b"replies", "requests", b"requests"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["process", b"process", "replies", b"replies", "requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Piped: _TypeAlias = Piped  # noqa: Y015
+
+@_typing.final
+class PipeName(_message.Message):
+    """How a pipe is found, and known again before it is opened."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DESCRIPTOR_FIELD_NUMBER: _builtins.int
+    INODE_FIELD_NUMBER: _builtins.int
+    descriptor: _builtins.int
+    """The descriptor in the process that has it open."""
+    inode: _builtins.int
+    """Its number among the pipes of the running kernel."""
+    def __init__(
+        self,
+        *,
+        descriptor: _builtins.int = ...,
+        inode: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["descriptor", b"descriptor", "inode", b"inode"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PipeName: _TypeAlias = PipeName  # noqa: Y015
 
 @_typing.final
 class Shared(_message.Message):

@@ -13,7 +13,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 from farstep_server.core import events as ev
@@ -24,6 +24,7 @@ from farstep_server.logs import log_event
 from farstep_server.service.attaching import ON_EXISTING, blueprint_of, check_protocol
 from farstep_server.service.encoding import attached, encode_reply
 from farstep_server.service.grouping import Grouping
+from farstep_server.service.piping import Piping, messages
 from farstep_server.service.receiving import WireFormats
 from farstep_server.service.requests import NO_LAYOUT, Decoder, Request
 from farstep_server.service.sharing import Sharing
@@ -36,6 +37,7 @@ from farstep_wire.errors import (
 )
 from farstep_wire.frames import Incoming, NullSink, decode, encode
 from farstep_wire.layout import Layout
+from farstep_wire.pipes import PipeError, Pipes
 from farstep_wire.process_group import GroupError
 from farstep_wire.v1 import optimizer_pb2 as pb
 
@@ -44,6 +46,11 @@ _JOIN_SECONDS = 60.0
 _TOUCH_SECONDS = 1.0
 _LONGEST_WAIT_SECONDS = 3600.0
 _STEPS = frozenset({"contribution", "accumulate", "evaluation"})
+
+
+class _EndedError(Exception):
+    """The session has ended while something was waited for."""
+
 
 Outbox = queue.SimpleQueue[tuple[pb.ServerFrame, None] | tuple[int, ev.Reply] | None]
 
@@ -103,12 +110,52 @@ class Session:
         self._last_touch = 0.0
         self._awaited = 0
         self._waiting: set[int] = set()
+        self._piping = Piping()
+        self._pipes: Pipes | None = None
+        self._split = False
         self._ending = threading.Lock()
         self._ended = False
         directory.session_opened()
 
     def frames(self) -> Iterator[bytes]:
         """Yield the frames of the replies, each as soon as it is there."""
+        yield from self._converse()
+        pipes = self._pipes = self._piping.take()
+        if pipes is not None:
+            stream, self._requests = self._requests, messages(pipes, self._check)
+            threading.Thread(target=self._converse_in, args=(pipes,), name="farstep-pipe", daemon=True).start()
+            self._watch(stream)
+
+    def _converse_in(self, pipes: Pipes) -> None:
+        """Go on in pipes until the session ends."""
+        replies = self._converse()
+        try:
+            for data in replies:
+                pipes.write(data, self._check)
+        except (PipeError, _EndedError):
+            # The worker is gone. What was for it is kept for when it is back.
+            pass
+        finally:
+            replies.close()
+            self.end()
+            pipes.close_outgoing()
+            if not self._split:
+                pipes.close_incoming()
+
+    def _watch(self, stream: Iterator[bytes]) -> None:
+        """Take heartbeats from the stream that the session began on, and end with it."""
+        try:
+            for data in stream:
+                frame, _ = decode(pb.ClientFrame, data)
+                if self._ended or self._seat is None or frame.WhichOneof("body") != "heartbeat":
+                    break
+                self._beat(self._seat, frame.heartbeat)
+        except Exception as error:  # noqa: BLE001 - however a stream breaks, it is its end
+            log_event(_LOGGER, logging.DEBUG, "stream_broke", reason=str(error))
+        finally:
+            self.end()
+
+    def _converse(self) -> Generator[bytes, None, None]:
         while self._read_one():
             while not self._outbox.empty():
                 item = self._outbox.get()
@@ -116,6 +163,8 @@ class Session:
                     return
                 self._awaited -= 1
                 yield from self._encoded(item)
+            if self._piping.agreed:
+                return
             if self._awaited > 0:
                 break
         else:
@@ -123,6 +172,7 @@ class Session:
             while not self._outbox.empty() and (item := self._outbox.get()) is not None:
                 yield from self._encoded(item)
             return
+        self._split = True
         threading.Thread(target=self._read_all, name="farstep-session", daemon=True).start()
         while (item := self._outbox.get()) is not None:
             yield from self._encoded(item)
@@ -164,6 +214,7 @@ class Session:
             self._directory.release(creation.blueprint.name, creation.attach.worker)
         if first:
             self._sharing.withdraw()
+            self._piping.withdraw()
             self._grouping.end()
             self._directory.session_closed()
         self._outbox.put(None)
@@ -175,6 +226,11 @@ class Session:
         try:
             data = next(self._requests, None)
             return self._ended_early() if data is None else self._take(data)
+        except _EndedError:
+            return False
+        except FarstepError as error:
+            self._refuse(error)
+            return False
         except Exception as error:  # noqa: BLE001 - a defect here must not take the others down
             if self._is_active():
                 log_event(_LOGGER, logging.ERROR, "session_failed", exc_info=error)
@@ -185,6 +241,8 @@ class Session:
         while self._read_one():
             pass
         self.end()
+        if self._pipes is not None:
+            self._pipes.close_incoming()
 
     def _ended_early(self) -> bool:
         """The client will send no more; refuse the request that it has not finished."""
@@ -286,6 +344,8 @@ class Session:
             raise InvalidRequestError(f"{request.kind} before the session is attached")
         elif request.kind == "stage":
             self._decoder.early.came(request.frame.stage.parameters)
+        elif request.kind == "direct":
+            self._on_direct(self._seat, request.frame.direct)
         elif request.kind == "share":
             self._on_share(self._seat, request.frame.share)
         elif request.kind == "group":
@@ -293,10 +353,13 @@ class Session:
         else:
             self._post(request, self._seat)
 
+    def _beat(self, seat: _Seat, heartbeat: pb.Heartbeat) -> None:
+        seconds = heartbeat.round_trip_seconds
+        seat.owner.post(ev.Touch(seat.worker, seat.epoch, seconds if 0 < seconds < math.inf else 0.0))
+
     def _post(self, request: Request, seat: _Seat) -> None:
         if request.kind == "heartbeat":
-            seconds = request.frame.heartbeat.round_trip_seconds
-            seat.owner.post(ev.Touch(seat.worker, seat.epoch, seconds if 0 < seconds < math.inf else 0.0))
+            self._beat(seat, request.frame.heartbeat)
             return
         ticket = SessionTicket(self._outbox, self._number, self._waiting)
         self._awaited += 1
@@ -384,6 +447,25 @@ class Session:
             shared = self._sharing.offer(seat.owner, self._directory.listening, share.directly_at)
             frame.shared.CopyFrom(shared)
         self._answer(frame)
+
+    def _on_direct(self, seat: _Seat, direct: pb.Direct) -> None:
+        frame = pb.ServerFrame(request=self._number)
+        if direct.declined:
+            self._piping.withdraw()
+            log_event(_LOGGER, logging.INFO, "pipes_declined", worker=seat.worker, reason=direct.declined[:500])
+            frame.done.SetInParent()
+        elif direct.proof:
+            self._piping.confirm(direct.proof)
+            frame.done.SetInParent()
+        elif self._split or self._pipes is not None:
+            raise InvalidRequestError("direct: the session has begun, and goes on where it is")
+        else:
+            frame.piped.CopyFrom(self._piping.offer(self._directory.listening, direct.directly_at))
+        self._answer(frame)
+
+    def _check(self) -> None:
+        if self._ended:
+            raise _EndedError
 
     def _answer(self, frame: pb.ServerFrame) -> None:
         self._awaited += 1

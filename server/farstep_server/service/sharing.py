@@ -34,11 +34,8 @@ class Sharing:
         directly, and this server does not listen where it says.
         """
         self.withdraw()
-        if directly_at and all(_place(directly_at) != _place(address) for address in listening):
-            raise ConfigurationError(
-                f"the client connects to {directly_at}, the server listens at {', '.join(listening)}: what stands between them "
-                f"is to carry the tensors"
-            )
+        if directly_at:
+            check_directly(listening, directly_at)
         reply = owner.ask(lambda ticket: ev.ShareParameters(ticket, self._make), ev.SharedReply, _SHARE_SECONDS)
         assert isinstance(reply.memory, OwnSegment), "made here"
         segment = self._make(reply.layout.gradients.nbytes)
@@ -81,6 +78,15 @@ class Sharing:
             return OwnSegment(nbytes)
         except SharedMemoryError as error:
             raise ResourceExhaustedError(str(error)) from None
+
+
+def check_directly(listening: Sequence[str], directly_at: str) -> None:
+    """ConfigurationError: something stands between a client and this server, which does not listen where the client says."""
+    if all(_place(directly_at) != _place(address) for address in listening):
+        raise ConfigurationError(
+            f"the client connects to {directly_at}, the server listens at {', '.join(listening)}: what stands between them "
+            f"is to carry the tensors"
+        )
 
 
 def _place(address: str) -> str:

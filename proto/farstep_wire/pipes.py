@@ -1,0 +1,193 @@
+"""Two pipes between a server and a worker on its host, one in each direction, for messages that are to arrive soon.
+
+Where both sides are on one host, a message through a network stack and the threads of its library takes several times as
+long as one through a pipe, which the reader's own thread waits for. The server makes the pipes; the worker opens its ends
+through the server's entry in /proc, which the kernel grants to processes of the same user in the same process namespace
+alone. They have no name, and nothing is left of them however either side ends.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import select
+import stat
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from farstep_wire.limits import MESSAGE_BYTES
+
+PROOF_BYTES = 16
+_LENGTH_BYTES = 4
+_READ_BYTES = 256 * 1024
+_LOOK_SECONDS = 0.25
+"""How often who waits looks whether to go on waiting."""
+
+
+class PipeError(Exception):
+    """There are no pipes, or the other side is gone; the text says why."""
+
+
+Check = Callable[[], None]
+"""Called now and then while something is waited for; raises what is to end the waiting."""
+
+
+class Pipes:
+    """One side's ends. One thread at a time reads, and one writes."""
+
+    def __init__(self, incoming: int, outgoing: int) -> None:
+        self._incoming, self._outgoing = incoming, outgoing
+        for descriptor in (incoming, outgoing):
+            os.set_blocking(descriptor, False)
+        self._readable, self._writable = select.poll(), select.poll()
+        self._readable.register(incoming, select.POLLIN)
+        self._writable.register(outgoing, select.POLLOUT)
+        self._left = b""
+
+    def read(self, check: Check) -> bytes | None:
+        """Return the next message; None where the other side has ended. PipeError: it has ended within a message."""
+        data = bytearray(self._left) if self._left else bytearray()
+        size = 0
+        while len(data) < _LENGTH_BYTES or len(data) < size:
+            self._wait(self._readable, check)
+            part = os.read(self._incoming, max(_READ_BYTES, size - len(data)))
+            if not part:
+                if data:
+                    raise PipeError("the other side has ended in the middle of a message")
+                return None
+            if not data and len(part) >= _LENGTH_BYTES and len(part) == _size(part):
+                return part[_LENGTH_BYTES:]
+            data += part
+            if not size and len(data) >= _LENGTH_BYTES:
+                size = _size(data)
+        size = size or _size(data)
+        self._left = bytes(data[size:])
+        return bytes(data[_LENGTH_BYTES:size])
+
+    def write(self, message: bytes, check: Check) -> None:
+        """Write a message. PipeError: the other side has ended."""
+        parts = [memoryview(len(message).to_bytes(_LENGTH_BYTES, "little")), memoryview(message)]
+        while parts:
+            try:
+                written = os.writev(self._outgoing, parts)
+            except BlockingIOError:
+                self._wait(self._writable, check)
+                continue
+            except BrokenPipeError:
+                raise PipeError("the other side has ended") from None
+            while parts and written >= len(parts[0]):
+                written -= len(parts.pop(0))
+            if parts:
+                parts[0] = parts[0][written:]
+
+    def _wait(self, poll: select.poll, check: Check) -> None:
+        while not poll.poll(_LOOK_SECONDS * 1000):
+            check()
+
+    def close_incoming(self) -> None:
+        """Close the end that is read; nobody reads any more."""
+        if self._incoming >= 0:
+            os.close(self._incoming)
+            self._incoming = -1
+
+    def close_outgoing(self) -> None:
+        """Close the end that is written; nobody writes any more."""
+        if self._outgoing >= 0:
+            os.close(self._outgoing)
+            self._outgoing = -1
+
+    def close(self) -> None:
+        """Close both ends."""
+        self.close_incoming()
+        self.close_outgoing()
+
+
+def _size(data: bytes | bytearray) -> int:
+    size = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
+    if size > _LENGTH_BYTES + MESSAGE_BYTES:
+        raise PipeError(f"a message of {size - _LENGTH_BYTES} bytes; at most {MESSAGE_BYTES} are possible")
+    return size
+
+
+@dataclass(frozen=True)
+class PipeName:
+    """A descriptor of the process that made the pipe, and the pipe's number in the running kernel."""
+
+    descriptor: int
+    inode: int
+
+
+class OwnPipes:
+    """Pipes of this process, whose other ends are open for another until ``hand_over``; PipeError where there can be none."""
+
+    def __init__(self) -> None:
+        if sys.platform != "linux":
+            raise PipeError(f"this system ({sys.platform}) shows no descriptors of other processes")
+        try:
+            theirs, outgoing = os.pipe()
+            try:
+                incoming, others = os.pipe()
+            except OSError:
+                os.close(theirs)
+                os.close(outgoing)
+                raise
+        except OSError as error:
+            raise PipeError(f"no pipe can be made: {error.strerror}") from None
+        self.replies, self.requests = _named(theirs), _named(others)
+        self.pipes = Pipes(incoming, outgoing)
+        self.proof = secrets.token_bytes(PROOF_BYTES)
+        os.write(outgoing, self.proof)
+
+    def hand_over(self) -> Pipes:
+        """Close the other side's ends, which it has opened, and return this side's."""
+        self._close_others()
+        return self.pipes
+
+    def close(self) -> None:
+        """Close all ends."""
+        self._close_others()
+        self.pipes.close()
+
+    def _close_others(self) -> None:
+        os.close(self.replies.descriptor)
+        os.close(self.requests.descriptor)
+
+
+def _named(descriptor: int) -> PipeName:
+    return PipeName(descriptor, os.fstat(descriptor).st_ino)
+
+
+def open_pipes(process: int, requests: PipeName, replies: PipeName) -> tuple[Pipes, bytes]:
+    """Open the other ends of a server's pipes; return them and the proof that was in them.
+
+    PipeError: they are not to be seen from here.
+    """
+    incoming = _open(process, replies, os.O_RDONLY)
+    try:
+        outgoing = _open(process, requests, os.O_WRONLY)
+    except PipeError:
+        os.close(incoming)
+        raise
+    pipes = Pipes(incoming, outgoing)
+    try:
+        return pipes, os.read(incoming, PROOF_BYTES)
+    except OSError as error:
+        pipes.close()
+        raise PipeError(f"the pipe of process {process} is not the server's: {error.strerror}") from None
+
+
+def _open(process: int, name: PipeName, flags: int) -> int:
+    path = f"/proc/{process}/fd/{name.descriptor}"
+    try:
+        found = Path(path).stat()
+        # Nothing is read from what is another's: its bytes would be missing there.
+        if not stat.S_ISFIFO(found.st_mode) or found.st_ino != name.inode:
+            raise PipeError(f"{path} is not the server's pipe: it runs elsewhere, or in a container of its own")
+        return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise PipeError(
+            f"{path} cannot be opened ({error.strerror}): the server runs on another host, in a container of its own, or as "
+            f"another user"
+        ) from None
