@@ -73,11 +73,12 @@ class Remote:
         worker: this worker's stable id; None means ``$RANK``, or ``"0"`` outside torchrun.
         on_existing: what to do where the name is hosted already: ``"attach"`` goes on from its version, ``"error"`` fails,
             ``"replace"`` starts anew.
-        transport: how tensors travel. ``"grpc"``: in messages. ``"shm"``: through memory that worker and server share, where
-            both run on one host and as one user; else in messages, and the log says why. ``"pg"``: through a process group of
-            torch.distributed, in a trusted network; a ConfigurationError where there can be none. ``"auto"``: ``"shm"`` for
-            256 KiB of parameters or more where the server itself listens at the loopback address, with no tunnel or proxy in
-            between.
+        transport: how tensors travel. ``"grpc"``: in messages over gRPC. ``"pipe"``: in messages through pipes, where worker
+            and server are on one host, of one user, and nothing stands in between; else over gRPC, and the log says why.
+            ``"shm"``: through memory that both sides see, on the same conditions but for tunnels and proxies; its messages take
+            pipes where they can. ``"pg"``: through a process group of torch.distributed, in a trusted network; a
+            ConfigurationError where there can be none. ``"auto"``: ``"shm"`` from 256 KiB of parameters on and ``"pipe"``
+            below, where the server itself listens at the loopback address, with no tunnel or proxy in between; else ``"grpc"``.
         timeouts: how long to wait for what.
         retry: pauses between attempts to connect.
         detect_edits: compare every parameter's bits before each step, so that edits through ``p.data`` are seen too. Without
@@ -100,7 +101,7 @@ class Remote:
     worker: str | int | None = None
     token: str | None = field(default=None, repr=False)
     tls: object | None = None
-    transport: Literal["auto", "grpc", "shm", "pg"] = "auto"
+    transport: Literal["auto", "grpc", "pipe", "shm", "pg"] = "auto"
     wire_dtype: Wire | str | torch.dtype | None = None
     on_existing: OnExisting = "attach"
     timeouts: Timeouts = field(default_factory=Timeouts)
@@ -114,8 +115,8 @@ class Remote:
         for unserved in ("token", "tls"):
             if getattr(self, unserved) is not None:
                 raise ConfigurationError(f"remote: {unserved} is not served by this release; leave it None")
-        if self.transport not in {"auto", "grpc", "shm", "pg"}:
-            raise ConfigurationError(f"remote: transport {self.transport!r} is not one of 'auto', 'grpc', 'shm', 'pg'")
+        if self.transport not in (ways := ("auto", "grpc", "pipe", "shm", "pg")):
+            raise ConfigurationError(f"remote: transport {self.transport!r} is not one of {', '.join(map(repr, ways))}")
         self._check_wire()
         if self.adopt_parameters and isinstance(self.policy, Async):
             raise ConfigurationError(

@@ -48,21 +48,18 @@ class Pipes:
 
     def read(self, check: Check) -> bytes | None:
         """Return the next message; None where the other side has ended. PipeError: it has ended within a message."""
-        data = bytearray(self._left) if self._left else bytearray()
-        size = 0
-        while len(data) < _LENGTH_BYTES or len(data) < size:
+        data = bytearray(self._left)
+        self._left = b""
+        while len(data) < (size := _size(data)):
             self._wait(self._readable, check)
             part = os.read(self._incoming, max(_READ_BYTES, size - len(data)))
             if not part:
                 if data:
                     raise PipeError("the other side has ended in the middle of a message")
                 return None
-            if not data and len(part) >= _LENGTH_BYTES and len(part) == _size(part):
+            if not data and len(part) == _size(part):
                 return part[_LENGTH_BYTES:]
             data += part
-            if not size and len(data) >= _LENGTH_BYTES:
-                size = _size(data)
-        size = size or _size(data)
         self._left = bytes(data[size:])
         return bytes(data[_LENGTH_BYTES:size])
 
@@ -105,10 +102,13 @@ class Pipes:
 
 
 def _size(data: bytes | bytearray) -> int:
-    size = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
-    if size > _LENGTH_BYTES + MESSAGE_BYTES:
-        raise PipeError(f"a message of {size - _LENGTH_BYTES} bytes; at most {MESSAGE_BYTES} are possible")
-    return size
+    """Return the size of the message that data begin with, its length included; as long as that is not known, of the length."""
+    if len(data) < _LENGTH_BYTES:
+        return _LENGTH_BYTES
+    size = int.from_bytes(data[:_LENGTH_BYTES], "little")
+    if size > MESSAGE_BYTES:
+        raise PipeError(f"a message of {size} bytes; at most {MESSAGE_BYTES} are possible")
+    return _LENGTH_BYTES + size
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 WAYS: dict[str, dict[str, Any]] = {
     "grpc": {"transport": "grpc"},
+    "pipe": {"transport": "pipe"},
     "pg": {"transport": "pg"},
     "shm": {"transport": "shm"},
     "shm-adopted": {"transport": "shm", "adopt_parameters": True},

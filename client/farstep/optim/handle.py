@@ -97,9 +97,9 @@ class RemoteHandle:
 
     @property
     def transport(self) -> str:
-        """How gradients and parameters travel at the moment: ``"shm"``, ``"pg"`` or ``"grpc"``.
+        """How tensors travel at the moment: ``"grpc"``, ``"pipe"``, ``"shm"`` or ``"pg"``; see ``Remote``.
 
-        State takes gRPC always; so do averages and sparse gradients where memory is shared.
+        State, averages and sparse gradients travel in messages where shared memory is used.
         """
         return self._session.link.transport
 

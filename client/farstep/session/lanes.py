@@ -53,7 +53,7 @@ class Lanes:
         except UnavailableError:
             raise
         except (SharedMemoryError, FarstepError) as error:
-            self._tell(str(error))
+            self._tell("no shared memory with %s, tensors travel over gRPC", error)
             return None
 
     def open_pipes(self, exchange: Exchange) -> Pipes | None:
@@ -61,13 +61,14 @@ class Lanes:
 
         UnavailableError: the stream broke meanwhile.
         """
-        wanted = self._remote.transport in {"auto", "shm"} and self._remote.wire.exact
-        if not wanted or not self._address.is_loopback:
+        wanted = self._remote.transport in {"auto", "shm", "pipe"} and self._remote.wire.exact
+        if not wanted or not (self._address.is_loopback or self._remote.transport == "pipe"):
             return None
         try:
             return agree_on_pipes(exchange, self._address.target)
         except (PipeError, ConfigurationError) as error:
-            _LOGGER.debug("farstep: no pipes to %s, messages travel over gRPC: %s", self._address, error)
+            if self._remote.transport == "pipe":
+                self._tell("no pipes to %s, messages travel over gRPC", error)
             return None
 
     def _wanted(self, binding: Binding) -> bool:
@@ -94,8 +95,8 @@ class Lanes:
             raise
         return lane
 
-    def _tell(self, reason: str) -> None:
+    def _tell(self, what: str, reason: Exception) -> None:
         if not self._told:
             self._told = True
-            level = logging.WARNING if self._remote.transport == "shm" else logging.INFO
-            _LOGGER.log(level, "farstep: no shared memory with %s, tensors travel over gRPC: %s", self._address, reason)
+            level = logging.INFO if self._remote.transport == "auto" else logging.WARNING
+            _LOGGER.log(level, "farstep: %s: %s", what % self._address, reason)
