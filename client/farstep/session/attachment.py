@@ -247,7 +247,21 @@ class Attachment:
             self._overlap = None
         if self._overlaps is not None and self.remote.wire.gradients is None:
             own = weakref.ref(self)
-            self._overlap = Overlap(self.binding, _link_of(own), self._check_whole, self._overlaps)
+            self._overlap = Overlap(self.binding, _link_of(own), self._complete_arrival, self._overlaps)
+
+    def _complete_arrival(self) -> None:
+        """Take parameters anew whose last bytes have not come, while a forward may be under way that has read the first.
+
+        They are the same bits unless the version has changed since; autograd is told of no other change.
+        """
+        standing = self.link.standing
+        self._torn, self.link.broken_arrival = True, False
+        parameters = call_pull(self.link, self._sink_for)
+        if (parameters.incarnation, parameters.version) != (standing.incarnation, standing.version):
+            standing.incarnation, standing.version = parameters.incarnation, parameters.version
+            self.binding.announce()
+        self.binding.settle()
+        self._torn = False
 
     @property
     def overlapping(self) -> Overlap | None:
