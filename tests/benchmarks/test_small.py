@@ -29,4 +29,6 @@ def test_step_beside_a_bare_echo(report: Report, optimizer: str) -> None:
         transports.enter(contest, own, server, names, optimizer=optimizer)
         contest.hold(_TURNS, 2, count=_STEPS)
     report.contest(f"One worker, {TINY}, {optimizer}", contest, "bare gRPC echo", tails=True)
-    report.ratio("3", f"grpc, {TINY}, {optimizer} / bare echo", contest, "farstep grpc", ("bare gRPC echo",), 1.3)
+    for way in ("grpc", "pipe"):
+        text = f"{way}, {TINY}, {optimizer} / bare echo"
+        report.ratio("3", text, contest, f"farstep {way}", ("bare gRPC echo",), 1.3)

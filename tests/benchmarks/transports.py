@@ -15,6 +15,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "farstep grpc": {"transport": "grpc"},
     "farstep grpc, detect_edits=False": {"transport": "grpc", "detect_edits": False},
     "farstep grpc, bfloat16": {"transport": "grpc", "wire_dtype": "bfloat16"},
+    "farstep pipe": {"transport": "pipe"},
     "farstep pg": {"transport": "pg"},
     "farstep pg, detect_edits=False": {"transport": "pg", "detect_edits": False},
     "farstep shm": {"transport": "shm"},
