@@ -56,6 +56,27 @@ if before:
 """
 
 
+_CHILD_ENDS = """
+import os, sys, torch
+from farstep import Remote, optim
+
+parameters = [torch.nn.Parameter(torch.zeros(100_000))]
+optimizer = optim.SGD(parameters, lr=0.1, remote=Remote(sys.argv[1], transport=sys.argv[2]))
+parameters[0].sum().backward()
+optimizer.step()
+pid = os.fork()
+if pid == 0:
+    torch.set_num_threads(1)  # torch's own threads are the parent's too
+    if "close" in sys.argv:
+        optimizer.remote.close()
+        parameters[0].grad.fill_(7.0)
+    sys.exit(5)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 5
+optimizer.step()
+print(optimizer.remote.version, optimizer.remote.transport, parameters[0][0].item())
+"""
+
+
 def _run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", script, *arguments]
     return subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=90, check=False)
@@ -85,3 +106,13 @@ def test_a_forked_child_that_uses_the_optimizer_is_told_why_it_cannot(
 def test_a_child_that_was_forked_before_the_first_optimizer_has_its_own(server: ServerProcess, name: str) -> None:
     run = _run(_CHILD_STEPS, f"{server.address}#{name}", "grpc")
     assert (run.returncode, run.stdout) == (0, ""), run.stderr
+
+
+@pytest.mark.parametrize("transport", ["grpc", "pipe", "shm", "pg"])
+@pytest.mark.parametrize("how", ["close", "exit"])
+def test_a_forked_child_ends_alone(server: ServerProcess, name: str, transport: str, how: str) -> None:
+    run = _run(_CHILD_ENDS, f"{server.address}#{name}", transport, how)
+    assert run.returncode == 0, run.stderr
+    version, way, value = run.stdout.split()
+    assert (version, way) == ("2", transport)
+    assert float(value) == pytest.approx(-0.2), "what the child does to its gradient is the child's"

@@ -18,6 +18,7 @@ from uuid import uuid4
 from farstep.config import Remote
 from farstep.embedded import embedded_server_ended
 from farstep.session.arrivals import Arrival
+from farstep.session.forks import one_thread
 from farstep.transports.base import Carrier, Lane, Rest, SinkFor, Stream, Traffic, Transport
 from farstep.transports.grpc import GrpcTransport
 from farstep.transports.pipe import PipedStream
@@ -239,13 +240,23 @@ class Link:
         return self._until(attempt, deadline, lambda error: self._gave_up(error, reads=reads))
 
     def _ensure(self, deadline: float) -> None:
-        if self._process != os.getpid():
-            # In a forked child: the parent's stream is the parent's.
-            self._process = os.getpid()
-            self._stream = self._transport = None
+        self._leave_to_parent()
         if self._stream is None:
             self._reattach(self._limit(deadline))
             self._broken_since = None
+
+    def _leave_to_parent(self) -> None:
+        """In a forked child: give up what is the parent's, whose threads are not here."""
+        if self._process == os.getpid():
+            return
+        self._process = os.getpid()
+        if self.arrival is not None:
+            self.arrival, self.broken_arrival = None, True
+        with one_thread():
+            self._close_lane(settled=False)
+        stream, self._stream, self._transport = self._stream, None, None
+        if stream is not None:
+            stream.abandon()
 
     def ensure(self) -> None:
         """Attach again where the connection has been given up."""
@@ -290,6 +301,7 @@ class Link:
 
     def finish_arrival(self) -> None:
         """Wait for what is still on its way in; where it does not come, ``broken_arrival`` says so."""
+        self._leave_to_parent()
         arrival = self.arrival
         if arrival is not None:
             whole = arrival.finish()
@@ -397,7 +409,7 @@ class Link:
         self.finish_arrival()
         if self.broken_arrival:
             _LOGGER.warning("farstep: the last parameters from %s have not all come: these are a mixture", self.address)
-        if self._stream is not None and self._process == os.getpid():
+        if self._stream is not None:
             try:
                 self._exchange(pb.ClientFrame(leave=pb.Leave()), EMPTY, time.monotonic() + _LEAVE_SECONDS)
                 self._close_lane(settled=True)

@@ -113,6 +113,10 @@ class Stream(ABC):
     def close(self) -> None:
         """End the stream; may be called more than once and from any thread."""
 
+    def abandon(self) -> None:
+        """Give up this process's part in it, in a child that was forked from the one that it belongs to."""
+        return
+
 
 class Lane(ABC):
     """Another way for gradients and parameters than a stream's own bytes; it belongs to one stream and ends with it."""

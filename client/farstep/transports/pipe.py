@@ -95,6 +95,11 @@ class PipedStream(Stream):
             if not self._busy:
                 self._pipes.close()
 
+    def abandon(self) -> None:
+        """Close the child's copies of the ends; see Stream."""
+        self._stream.abandon()
+        self._pipes.close()
+
 
 def agree_on_pipes(exchange: Exchange, directly_at: str) -> Pipes:
     """Agree with the server on pipes; PipeError or ConfigurationError where there can be none."""
