@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 
 from farstep_server.config import ServerConfig
 from farstep_server.core.registry import Registry
+from farstep_server.core.team import team
 from farstep_server.hosting.directory import Directory
 from farstep_server.hosting.snapshots import Snapshotter
 from farstep_server.logs import log_event
@@ -201,6 +202,7 @@ def serve(config: ServerConfig) -> NoReturn:
     settle_vector_math()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    team()
     app = App(config, build_registry(config.optimizer))
     stop = threading.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):

@@ -86,7 +86,7 @@ def test_a_proxy_in_between_carries_the_tensors(server: ServerProcess, name: str
 
 def test_small_models_do_without(server: ServerProcess, name: str) -> None:
     own = optim.SGD([Parameter(torch.zeros(1000))], lr=0.1, remote=_remote(server, name))
-    assert own.remote.transport == "grpc"
+    assert own.remote.transport == "pipe"
     own.remote.close()
 
 
@@ -138,7 +138,9 @@ def test_without_it_tensors_travel_in_messages_and_the_log_says_why_once(
 def test_adoption_and_async_exclude_each_other() -> None:
     with pytest.raises(errors.ConfigurationError, match="adopt_parameters=True with Async"):
         Remote(policy=Async(), adopt_parameters=True)
-    with pytest.raises(errors.ConfigurationError, match="transport 'udp' is not one of 'auto', 'grpc', 'shm', 'pg'"):
+    with pytest.raises(
+        errors.ConfigurationError, match="transport 'udp' is not one of 'auto', 'grpc', 'pipe', 'shm', 'pg'"
+    ):
         Remote(transport="udp")  # type: ignore[arg-type]
 
 

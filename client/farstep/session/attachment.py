@@ -29,6 +29,7 @@ from farstep_wire.convert import layout_to_proto, policy_to_proto, wire_to_proto
 from farstep_wire.errors import ConfigurationError
 from farstep_wire.frames import EMPTY, Body, BytesSource, NullSink, Sink
 from farstep_wire.layout import Layout, dtype_name
+from farstep_wire.pipes import Pipes
 from farstep_wire.policy import Sync
 from farstep_wire.v1 import optimizer_pb2 as pb
 from farstep_wire.values import from_map, to_map
@@ -110,7 +111,7 @@ class Attachment:
     def attach(self, groups: Groups) -> None:
         """Create the hosted optimizer or join it; afterwards parameters and options are those of the server."""
         self._bind(groups)
-        link = Link(self.address, self.remote, self._attach_message, self._lanes.open_pipes, self._open_lane)
+        link = Link(self.address, self.remote, self._attach_message, self._open_pipes, self._open_lane)
         attached = link.attach(self.binding.contents)
         self._link = link
         self.accumulated = 0
@@ -168,6 +169,9 @@ class Attachment:
 
     def _open_lane(self, exchange: Exchange) -> Lane | Carrier | None:
         return self._lanes.open(exchange, self.binding)
+
+    def _open_pipes(self, exchange: Exchange, beside_lane: bool) -> Pipes | None:
+        return self._lanes.open_pipes(exchange, self.binding, beside_lane=beside_lane)
 
     def _attach_message(self) -> tuple[pb.Attach, BytesSource]:
         known = self._groups[: len(self.binding.layout.group_sizes)]

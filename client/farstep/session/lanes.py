@@ -56,13 +56,17 @@ class Lanes:
             self._tell("no shared memory with %s, tensors travel over gRPC", error)
             return None
 
-    def open_pipes(self, exchange: Exchange) -> Pipes | None:
+    def open_pipes(self, exchange: Exchange, binding: Binding, *, beside_lane: bool) -> Pipes | None:
         """Return pipes for a newly attached stream, where it reaches a server on this host directly; else None.
+
+        Unasked only for small messages: where tensors go ``beside_lane``, or are small themselves.
 
         UnavailableError: the stream broke meanwhile.
         """
-        wanted = self._remote.transport in {"auto", "shm", "pipe"} and self._remote.wire.exact
-        if not wanted or not (self._address.is_loopback or self._remote.transport == "pipe"):
+        asked = self._remote.transport == "pipe"
+        small = beside_lane or binding.layout.arena.nbytes < _WORTHWHILE_BYTES
+        unasked = self._remote.transport in {"auto", "shm"} and self._address.is_loopback and small
+        if not self._remote.wire.exact or not (asked or unasked):
             return None
         try:
             return agree_on_pipes(exchange, self._address.target)

@@ -50,7 +50,7 @@ _WORD_SECONDS = 0.5
 Result = TypeVar("Result")
 Exchange = Callable[[pb.ClientFrame], pb.ServerFrame]
 OpenLane = Callable[[Exchange], Lane | Carrier | None]
-OpenPipes = Callable[[Exchange], Pipes | None]
+OpenPipes = Callable[[Exchange, bool], Pipes | None]
 
 
 @dataclass
@@ -149,14 +149,16 @@ class Link:
         def exchange(frame: pb.ClientFrame) -> pb.ServerFrame:
             return self._exchange(frame, EMPTY, deadline)
 
-        if not isinstance(stream, PipedStream) and (pipes := self._open_pipes(exchange)) is not None:
-            self._stream = PipedStream(stream, pipes, str(self.address))
         if stream.carrier is None:  # a carrier is of no particular layout
             found = self._open_lane(exchange)
             if isinstance(found, Carrier):
                 stream.carrier = found
             else:
                 self.lane = found
+        if not isinstance(stream, PipedStream):
+            pipes = self._open_pipes(exchange, self.lane is not None)
+            if pipes is not None:
+                self._stream = PipedStream(stream, pipes, str(self.address))
 
     def _open(self, deadline: float) -> pb.Attached:
         if self._transport is None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from farstep_server.core.options import GroupEdits, apply_edits, difference, edi
 from farstep_server.core.parameters import ParameterStore
 from farstep_server.core.registry import OptimizerEntry
 from farstep_server.core.rehearsal import rehearse
+from farstep_server.core.sliced import bare_step, step_in_slices
 from farstep_server.core.undo import Undo
 from farstep_wire.errors import Applied, ArgumentsError, FarstepError, StepFailedError
 from farstep_wire.layout import Layout
@@ -56,7 +56,7 @@ class Engine:
         self.store = ParameterStore(layout, device, contents)
         self._arguments = arguments
         self.optimizer = self._construct(options)
-        self._bare_step = _without_profiling(self.optimizer)
+        self._bare_step = bare_step(self.optimizer)
         self._proven: set[frozenset[tuple[int, str]]] = set()
         self._loaded = False
         """Whether the state is one that was loaded and that no step has gone through with yet."""
@@ -239,16 +239,9 @@ class Engine:
     def _run_in_slices(self, means: Means) -> GroupEdits:
         self.set_gradients([None] * len(self.store.tensors))
         self._means = means
-        divides = means.counts and _divides_gradients(self.optimizer)
-        with default_dtype(self.scalar_dtype), _divisor(self.optimizer, means.divisor if divides else None):
-            for run, gradients in means.make(divided=not divides):
-                tensors = self.store.tensors[run.start : run.stop]
-                for tensor, gradient in zip(tensors, gradients, strict=True):
-                    tensor.grad = gradient
-                with _only(self.optimizer, run):
-                    self._bare_step()
-                for tensor in tensors:
-                    tensor.grad = None
+        state_is_there = not self._loaded and _signature(means) in self._proven
+        with default_dtype(self.scalar_dtype):
+            step_in_slices(self.optimizer, self._bare_step, self.store.tensors, means, shared=state_is_there)
         return {}
 
     def _run(self) -> GroupEdits:
@@ -259,53 +252,6 @@ class Engine:
             before = frozen_options(self.optimizer)
             self.optimizer.step()
         return difference(before, self.optimizer.param_groups)
-
-
-@contextmanager
-def _only(optimizer: Optimizer, run: range) -> Iterator[None]:
-    """Have the optimizer see no more than a run of its parameters."""
-    groups = optimizer.param_groups
-    whole = [group["params"] for group in groups]
-    end = 0
-    touched = []
-    for group, parameters in zip(groups, whole, strict=True):
-        start, end = end, end + len(parameters)
-        own = parameters[max(run.start - start, 0) : max(run.stop - start, 0)]
-        if own:
-            group["params"] = own
-            touched.append(group)
-    optimizer.param_groups = touched
-    try:
-        yield
-    finally:
-        optimizer.param_groups = groups
-        for group, parameters in zip(groups, whole, strict=True):
-            group["params"] = parameters
-
-
-def _divides_gradients(optimizer: Optimizer) -> bool:
-    """Whether torch's fused kernels step, which divide a gradient as they read it: by ``grad_scale``, as for mixed precision.
-
-    In dtypes that they do not compute in, a division of its own rounds once more.
-    """
-    return all(
-        group.get("fused") and all(tensor.dtype in {torch.float32, torch.float64} for tensor in group["params"])
-        for group in optimizer.param_groups
-    )
-
-
-@contextmanager
-def _divisor(optimizer: Optimizer, divisor: float | None) -> Iterator[None]:
-    """Have torch's fused kernels divide the gradients."""
-    if divisor is None:
-        yield
-        return
-    fused: Any = optimizer
-    fused.grad_scale, fused.found_inf = torch.tensor(divisor, dtype=torch.float32), None
-    try:
-        yield
-    finally:
-        del fused.grad_scale, fused.found_inf
 
 
 @contextmanager
@@ -321,13 +267,6 @@ def _divided_lr(optimizer: Optimizer, divisor: int) -> Iterator[None]:
     finally:
         for group, rate in rates:
             group["lr"] = rate
-
-
-def _without_profiling(optimizer: Optimizer) -> Callable[[], object]:
-    """Return ``step`` without the wrapper that torch puts around it for hooks and profiling; there are none on a server."""
-    step = type(optimizer).step
-    inner = getattr(step, "__wrapped__", None) if getattr(step, "hooked", False) else None
-    return optimizer.step if inner is None else partial(inner, optimizer)
 
 
 def _signature(gradients: Gradients | Means) -> frozenset[tuple[int, str]]:

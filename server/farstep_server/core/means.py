@@ -7,7 +7,8 @@ parameter by itself, so the bits are those of the whole mean and one step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,42 +17,61 @@ from torch import Tensor
 from farstep_server.core.gradients import Gradients
 from farstep_wire.layout import Layout, align
 
-_SLICE_BYTES = 16 * 1024 * 1024
+_LEAST_BYTES, _MOST_BYTES = 512 * 1024, 4 * 1024 * 1024
+_SHARES = 4
+"""So many slices for each of the threads that share them, at least: they are through at nearly the same time."""
 
 Term = tuple[Tensor, bool, float | None]
 """A gradient, whether it is borrowed, and its weight, None where all count alike."""
 
 
-@dataclass(frozen=True)
 class Slices:
-    """Runs of a layout's parameters whose gradients are made together, and the memory for one of them."""
+    """Runs of a layout's parameters whose gradients are made together, and memory for that: for so many at the same time.
 
-    layout: Layout
-    runs: tuple[range, ...]
-    views: tuple[tuple[Tensor, ...], ...]
+    ``alone``: the runs of one parameter that is larger than a slice; there is memory for one of them at a time.
+    """
 
-    @classmethod
-    def of(cls, layout: Layout) -> Slices:
-        """Cut a layout; a parameter larger than a slice is one of its own."""
-        runs: list[range] = []
-        sizes: list[int] = []
+    def __init__(self, layout: Layout, at_once: int) -> None:
+        self.layout = layout
+        self.overlap = any(parameter.storage for parameter in layout.parameters)
+        """Whether parameters share memory, so that their order matters."""
+        most = max(_LEAST_BYTES, min(_MOST_BYTES, layout.gradients.nbytes // (_SHARES * at_once)))
+        runs: list[tuple[range, int]] = []
         for index, spec in enumerate(layout.specs):
             size = align(spec.nbytes)
-            if runs and sizes[-1] + size <= _SLICE_BYTES:
-                runs[-1] = range(runs[-1].start, index + 1)
-                sizes[-1] += size
+            if runs and runs[-1][1] + size <= most:
+                (run, before) = runs[-1]
+                runs[-1] = range(run.start, index + 1), before + size
             else:
-                runs.append(range(index, index + 1))
-                sizes.append(size)
-        buffer = torch.empty(max(sizes, default=0), dtype=torch.uint8)
-        return cls(layout, tuple(runs), tuple(tuple(_views(layout, run, buffer)) for run in runs))
+                runs.append((range(index, index + 1), size))
+        self.alone = tuple(run for run, size in runs if size > most)
+        self.together = tuple(run for run, size in runs if size <= most)
+        buffers = [
+            torch.empty(max((size for _, size in runs if place == 0 or size <= most), default=0), dtype=torch.uint8)
+            for place in range(at_once)
+        ]
+        self._views = [
+            self._in(buffer, self.together if place else [run for run, _ in runs])
+            for place, buffer in enumerate(buffers)
+        ]
 
+    @property
+    def runs(self) -> tuple[range, ...]:
+        """All of them, in the layout's order."""
+        return tuple(sorted((*self.alone, *self.together), key=lambda run: run.start))
 
-def _views(layout: Layout, run: range, buffer: Tensor) -> Iterator[Tensor]:
-    offset = 0
-    for index in run:
-        yield layout.specs[index].view(buffer, offset)
-        offset += align(layout.specs[index].nbytes)
+    def views(self, run: range, place: int) -> list[Tensor]:
+        """Return where a run's gradients are made; those at another place are not in their way."""
+        return self._views[place][run]
+
+    def _in(self, buffer: Tensor, runs: Sequence[range]) -> dict[range, list[Tensor]]:
+        result = {}
+        for run in runs:
+            offsets = itertools.accumulate((align(self.layout.specs[index].nbytes) for index in run), initial=0)
+            result[run] = [
+                self.layout.specs[index].view(buffer, offset) for index, offset in zip(run, offsets, strict=False)
+            ]
+        return result
 
 
 @dataclass(frozen=True)
@@ -72,10 +92,15 @@ class Means:
         """Whether no worker has a gradient for a parameter."""
         return not self.terms[number] and self.begun[number] is None
 
-    def make(self, *, divided: bool = True) -> Iterator[tuple[range, Gradients]]:
-        """Yield the gradients run by run; those of the run before are then gone. Not ``divided``: the sums."""
-        for run, views in zip(self.slices.runs, self.slices.views, strict=True):
-            yield run, [self._one(number, view, divided) for number, view in zip(run, views, strict=True)]
+    def make(self, run: range, place: int = 0, *, divided: bool = True) -> Gradients:
+        """Return a run's gradients; those made at this place before are then gone. Not ``divided``: the sums.
+
+        One worker's gradients are returned as they are.
+        """
+        if self.divisor == 1.0 and self.counts:
+            return [self.terms[number][0][0] if self.terms[number] else None for number in run]
+        views = self.slices.views(run, place)
+        return [self._one(number, view, divided) for number, view in zip(run, views, strict=True)]
 
     def again(self, number: int) -> Tensor | None:
         """Return one parameter's mean, of the workers' gradients as they lie there by now."""

@@ -21,6 +21,7 @@ from farstep_server.core.records import Dump
 from farstep_server.core.reduction import Part, Reducer
 from farstep_server.core.rounds import weights
 from farstep_server.core.schedules import Schedules
+from farstep_server.core.sliced import is_fused
 from farstep_wire.errors import Applied, InvalidRequestError, NonFiniteError, NotFoundError
 from farstep_wire.layout import Layout
 from farstep_wire.settings import Settings
@@ -57,7 +58,8 @@ class Pipeline:
             parts[act.worker] = part
             edited = {**changed, **edited}
         shares = weights(contributors)
-        means = self._reducer.means(list(parts.values()), shares, self.engine.layout) if self._steps_in_slices else None
+        slices = self._steps_in_slices and (len(parts) > 1 or is_fused(self.engine.optimizer))
+        means = self._reducer.means(list(parts.values()), shares, self.engine.layout) if slices else None
         reduced = self.reduce(parts, shares) if means is None else means
         return self.engine.step(reduced, edits, edited, self.settings, lr_divisor)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from farstep_server.core.gradients import Gradients, accumulate
 from farstep_server.core.means import Means, Slices, Term, blockwise
+from farstep_server.core.team import team
 from farstep_wire.errors import Applied, MismatchError
 from farstep_wire.layout import Layout
 
@@ -103,10 +104,13 @@ class Reducer:
 
         None where it cannot be: only dense gradients on the CPU, in the server's own memory or in a worker's, can wait.
         """
-        if len(parts) < 2 or not all(map(_can_wait, parts)):
+        if not all(map(_can_wait, parts)):
             return None
+        if len(parts) == 1:
+            weights = None
         if self._slices is None or self._slices.layout is not layout:
-            self._slices = Slices.of(layout)
+            threads = team()
+            self._slices = Slices(layout, 1 if threads is None else threads.size)
         keys = _keys(parts, weights)
         done = self._done_of(keys)
         begun: Gradients = self._sums if done else [None] * len(layout.parameters)
