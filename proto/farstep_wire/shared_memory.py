@@ -7,7 +7,11 @@ the server's entry in /proc, which the kernel grants to processes of the same us
 
 A page stands before the content. It holds a random nonce, by which the worker knows that what it opened is what the server
 meant; a place for the worker's own nonce, by which the server knows the same; and the number of times that the content was
-about to be changed, by which a reader knows whether what it copied was whole.
+about to be changed, by which a reader knows whether what it copied was whole. Two more numbers are for those who look on for
+long: the count at which the last change was complete, and whether the content is left as it is, its maker having moved on.
+
+A reader may also map the content privately. It then has the maker's pages under its own tensors until it writes to one, which
+the kernel copies for it at that moment.
 """
 
 from __future__ import annotations
@@ -27,9 +31,9 @@ from torch import Tensor
 HEADER_BYTES = 4096
 NONCE_BYTES = 16
 _NAME = "farstep"
-_COUNTER_OFFSET = 64
+_COUNTER_OFFSET, _COMPLETE_OFFSET, _LEFT_OFFSET = 64, 72, 80
 _PROOF_OFFSET = 128
-_PROT_READ, _PROT_WRITE, _MAP_SHARED = 1, 2, 1
+_PROT_READ, _PROT_WRITE, _MAP_SHARED, _MAP_PRIVATE = 1, 2, 1, 2
 
 
 class SharedMemoryError(Exception):
@@ -50,23 +54,23 @@ class Segment:
     """A mapped segment.
 
     ``content``: uint8 of the content's size, at a page's beginning; it and all views of it keep the memory mapped.
-    ``changes``: a view of the counter (int64, one element).
+    ``changes``, ``complete``, ``left``: views of the numbers in the header (int64, one element each).
     """
 
     def __init__(self, descriptor: int, nbytes: int, *, writable: bool) -> None:
         self.nbytes = nbytes
-        self._memory = _map(descriptor, HEADER_BYTES + nbytes, writable=writable)
+        self._memory = map_file(descriptor, HEADER_BYTES + nbytes, writable=writable)
         header = torch.frombuffer(self._memory, dtype=torch.uint8, count=HEADER_BYTES)
         self.content = self.tensor(torch.uint8, 0, nbytes)
         self.changes = header[_COUNTER_OFFSET : _COUNTER_OFFSET + 8].view(torch.int64)
+        self.complete = header[_COMPLETE_OFFSET : _COMPLETE_OFFSET + 8].view(torch.int64)
+        self.left = header[_LEFT_OFFSET : _LEFT_OFFSET + 8].view(torch.int64)
         self._nonce = header[:NONCE_BYTES]
         self._proof = header[_PROOF_OFFSET : _PROOF_OFFSET + NONCE_BYTES]
 
     def tensor(self, dtype: torch.dtype, offset: int, count: int) -> Tensor:
         """Return elements of the content as a tensor with a storage of its own; ``offset`` is in bytes."""
-        if count == 0:
-            return torch.empty(0, dtype=dtype)
-        return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=HEADER_BYTES + offset)
+        return tensor_at(self._memory, dtype, offset, count)
 
     @property
     def nonce(self) -> bytes:
@@ -83,6 +87,13 @@ class Segment:
         proof = secrets.token_bytes(NONCE_BYTES)
         self._proof.copy_(torch.frombuffer(bytearray(proof), dtype=torch.uint8))
         return proof
+
+
+def tensor_at(memory: ctypes.Array[ctypes.c_char], dtype: torch.dtype, offset: int, count: int) -> Tensor:
+    """Return elements of a mapped segment's content as a tensor with a storage of its own; ``offset`` is in bytes."""
+    if count == 0:
+        return torch.empty(0, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=HEADER_BYTES + offset)
 
 
 class OwnSegment(Segment):
@@ -104,8 +115,19 @@ class OwnSegment(Segment):
         self._hide()
 
 
-def open_segment(name: SegmentName, *, writable: bool) -> Segment:
-    """Map the segment of another process; SharedMemoryError where it is not to be seen from here, or is not the one meant."""
+class PrivateSegment(Segment):
+    """A segment that is mapped twice: as it is, and ``own``, header and content, of which a page is copied on writing."""
+
+    def __init__(self, descriptor: int, nbytes: int, *, writable: bool) -> None:
+        super().__init__(descriptor, nbytes, writable=writable)
+        self.own = map_file(descriptor, HEADER_BYTES + nbytes, writable=True, private=True)
+
+
+def open_segment(name: SegmentName, *, writable: bool, private: bool = False) -> Segment:
+    """Map the segment of another process; SharedMemoryError where it is not to be seen from here, or is not the one meant.
+
+    ``private``: a second time, copied on writing; see ``PrivateSegment``.
+    """
     if not _possible():
         raise SharedMemoryError(f"this system ({sys.platform}) has no anonymous memory files")
     path = f"/proc/{name.process}/fd/{name.descriptor}"
@@ -121,7 +143,8 @@ def open_segment(name: SegmentName, *, writable: bool) -> Segment:
     try:
         if os.fstat(descriptor).st_size != HEADER_BYTES + name.nbytes or not _sealed(descriptor):
             raise SharedMemoryError(f"{path} is not the segment of {name.nbytes} bytes that the server speaks of")
-        segment = Segment(descriptor, name.nbytes, writable=writable)
+        kind = PrivateSegment if private else Segment
+        segment = kind(descriptor, name.nbytes, writable=writable)
     finally:
         os.close(descriptor)
     if segment.nonce != name.nonce:
@@ -170,8 +193,8 @@ def _sealed(descriptor: int) -> bool:
     return bool(fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
 
 
-def _map(descriptor: int, nbytes: int, *, writable: bool) -> ctypes.Array[ctypes.c_char]:
-    """Map a file; it stays mapped as long as something refers to the array.
+def map_file(descriptor: int, nbytes: int, *, writable: bool, private: bool = False) -> ctypes.Array[ctypes.c_char]:
+    """Map a file; it stays mapped as long as something refers to the array. ``private``: copied on writing.
 
     Not the standard library's ``mmap``: that keeps a duplicate of the descriptor open, and torch warns of its read-only ones.
     """
@@ -180,7 +203,7 @@ def _map(descriptor: int, nbytes: int, *, writable: bool) -> ctypes.Array[ctypes
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
     libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     protection = _PROT_READ | (_PROT_WRITE if writable else 0)
-    address = libc.mmap(None, nbytes, protection, _MAP_SHARED, descriptor, 0)
+    address = libc.mmap(None, nbytes, protection, _MAP_PRIVATE if private else _MAP_SHARED, descriptor, 0)
     if address in {None, ctypes.c_void_p(-1).value}:
         raise SharedMemoryError(f"{nbytes} bytes cannot be mapped: {os.strerror(ctypes.get_errno())}")
     memory = (ctypes.c_char * nbytes).from_address(address)

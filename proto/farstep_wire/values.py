@@ -28,6 +28,11 @@ def memory(tensor: Tensor, nbytes: int) -> memoryview:
     return memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
+def uses(storage: torch.UntypedStorage) -> int:
+    """Return how many tensors have a storage, which ``storage`` itself refers to once more."""
+    return int(torch._C._storage_Use_Count(storage._cdata)) - 1
+
+
 def spec_to_proto(spec: TensorSpec) -> pb.TensorSpec:
     """Encode a spec; contiguous strides are left out."""
     strides = () if spec.strides == contiguous_strides(spec.shape) else spec.strides

@@ -21,7 +21,7 @@ from grpc_reflection.v1alpha import reflection
 
 from farstep_server.config import ServerConfig
 from farstep_server.core.registry import Registry
-from farstep_server.core.team import team
+from farstep_server.core.team import form_team
 from farstep_server.hosting.directory import Directory
 from farstep_server.hosting.snapshots import Snapshotter
 from farstep_server.logs import log_event
@@ -202,7 +202,7 @@ def serve(config: ServerConfig) -> NoReturn:
     settle_vector_math()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    team()
+    form_team(_settle_among(torch.get_num_threads()))
     app = App(config, build_registry(config.optimizer))
     stop = threading.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -220,6 +220,21 @@ def serve(config: ServerConfig) -> NoReturn:
     logging.shutdown()
     # Not by way of the interpreter's end: sessions' threads that come back from native code then would abort the process.
     os._exit(0 if drained else EXIT_SYSTEM)
+
+
+def _settle_among(threads: int) -> Callable[[int], None]:
+    """Return how one of so many threads finds its place: on a processor of its own, where there is just one for each.
+
+    A thread that is handed Python's lock is woken on the processor of the one that let go of it, and would stay there beside it
+    for as long as a step takes.
+    """
+    processors = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+    def settle(number: int) -> None:
+        if len(processors) == threads:
+            os.sched_setaffinity(0, {processors[number]})
+
+    return settle
 
 
 def settle_vector_math() -> None:

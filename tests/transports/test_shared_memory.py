@@ -96,16 +96,16 @@ def _no_room_on_the_server(server: ServerProcess, monkeypatch: pytest.MonkeyPatc
 
 
 def _another_container(server: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> str:
-    def elsewhere(name: SegmentName, *, writable: bool) -> Any:
-        return open_segment(SegmentName(2**22 + 1, name.descriptor, name.nbytes, name.nonce), writable=writable)
+    def elsewhere(name: SegmentName, **how: bool) -> Any:
+        return open_segment(SegmentName(2**22 + 1, name.descriptor, name.nbytes, name.nonce), **how)
 
     monkeypatch.setattr(shm, "open_segment", elsewhere)
     return "in a container of its own"
 
 
 def _another_server_of_that_number(server: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> str:
-    def another(name: SegmentName, *, writable: bool) -> Any:
-        return open_segment(SegmentName(name.process, name.descriptor, name.nbytes, bytes(16)), writable=writable)
+    def another(name: SegmentName, **how: bool) -> Any:
+        return open_segment(SegmentName(name.process, name.descriptor, name.nbytes, bytes(16)), **how)
 
     monkeypatch.setattr(shm, "open_segment", another)
     return "of another server"

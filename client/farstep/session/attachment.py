@@ -25,6 +25,7 @@ from farstep.session.replicas import ReplicaGuard
 from farstep.session.snapshot import FetchedState
 from farstep.session.steering import Declared
 from farstep.transports.base import Carrier, Lane, Traffic
+from farstep.transports.views import View
 from farstep_wire.convert import layout_to_proto, policy_to_proto, wire_to_proto
 from farstep_wire.errors import ConfigurationError
 from farstep_wire.frames import EMPTY, Body, BytesSource, NullSink, Sink
@@ -70,6 +71,7 @@ class Attachment:
         self._driving = False
         self._holds_average = False
         self._torn = False
+        self._tried: View | None = None
         self._lanes = Lanes(remote, self.address)
         self._feedback = _feedback_of(remote, subject)
         self._overlaps = OverlapOptions() if remote.overlap else None
@@ -116,8 +118,8 @@ class Attachment:
         self._link = link
         self.accumulated = 0
         if attached.outcome == pb.Attached.OUTCOME_CREATED:
-            self.binding.remember()
             self._adopt()
+            self.binding.remember()
             if self.remote.wire.parameters is not None:
                 # Its creator holds them as all workers do.
                 self._pull_first()
@@ -203,6 +205,8 @@ class Attachment:
         if self._unsettled and self.subject.drives_closure:
             # The server may still wait for an evaluation of a step that was given up here.
             self.zero_grad()
+        if self.link.lane is not None and self.link.lane.left:
+            self.link.renew_lane()
         parameters = call_pull(self.link, self._sink_for, shared=True)
         if not self._take(parameters.changes):
             # Others step faster than they can be copied here: in a message they come whole.
@@ -217,14 +221,24 @@ class Attachment:
         lane = self.link.lane
         self._torn = bool(changes) and (lane is None or not lane.take(changes, self.binding.sink()))
         if not self._torn:
-            self.binding.received()
+            if not changes and self.binding.view is not None:
+                self.binding.view.received()
             self._adopt()
+            self.binding.received()
         return not self._torn
 
     def _adopt(self) -> None:
-        if self.link.lane is not None:
-            self.link.lane.adopt()
-            self.binding.adopted = self.link.lane.adopted
+        """Have the parameters, which hold what the server has, lie in its memory where the lane is for that."""
+        lane, binding = self.link.lane, self.binding
+        if lane is not None:
+            lane.adopt()
+            binding.adopted = lane.adopted
+        view = None if lane is None else lane.view
+        if view is not binding.view:
+            binding.view = None
+            if view is not None and self._tried is not view:
+                self._tried = view
+                binding.enter(view)
 
     @property
     def _adopts(self) -> bool:
@@ -277,7 +291,9 @@ class Attachment:
         self.link.finish_arrival()
         if self.link.broken_arrival:
             self._torn, self.link.broken_arrival = True, False
-        if self._torn or (self.binding.adopted and not self._adopts):
+        view = self.binding.view
+        changed = view is not None and not view.whole
+        if self._torn or changed or (self.binding.adopted and not self._adopts):
             self.binding.adopted = False
             self._pull()
 

@@ -17,6 +17,7 @@ from farstep.session.edits import EditDetector
 from farstep.session.feedback import Feedback
 from farstep.session.narrow import NarrowGradients, Piece, narrow_sink
 from farstep.transports.base import Lane
+from farstep.transports.views import View
 from farstep_wire.frames import EMPTY, Body, BytesSource, ScatterSink, Sink
 from farstep_wire.layout import (
     GradientForm,
@@ -150,6 +151,8 @@ class Binding:
         self.tensors = list(tensors)
         self.adopted = False
         """Whether the parameters are the server's own, so that nothing is received, and no edit is one of this side alone."""
+        self.view: View | None = None
+        """The view of the server's parameters in which these lie, or lay until the connection ended."""
         self._edits = EditDetector(self.tensors, compare_bits=detect_edits)
         self._places: list[_Place] = []
         self._pointers: list[int] = []
@@ -211,7 +214,8 @@ class Binding:
     def remember(self, but: Sequence[int] = ()) -> None:
         """The server has the parameters as they stand, all but some that were changed on this side."""
         self._look()
-        self._edits.remember(but)
+        if self.view is None:
+            self._edits.remember(but)
 
     def restore(self, contents: Sequence[Tensor], edited: Sequence[int]) -> None:
         """Set the parameters back to what they were, some of them being edited then."""
@@ -236,7 +240,7 @@ class Binding:
         if self.adopted:
             return []
         self._look()
-        return self._edits.changed()
+        return self._edits.changed() if self.view is None else self.view.edited()
 
     def load(self, edited: Sequence[int] = ()) -> Load:
         """Return the gradients and the edited parameters as a contribution brings them.
@@ -374,8 +378,15 @@ class Binding:
 
     def settle(self) -> None:
         """Take the parameters as they are for what the server has."""
-        if not self.adopted:
+        if not self.adopted and self.view is None:
             self._edits.remember()
+
+    def enter(self, view: View) -> None:
+        """Have the parameters lie in a view, where nothing else refers to their memory; they hold what the server has."""
+        self._places, self._staged, self._sink = [], [], None
+        self._edits.look_at([None] * len(self.tensors))
+        if view.enter():
+            self.view = view
 
 
 def _padded(pieces: Sequence[Piece]) -> list[memoryview | bytes]:

@@ -85,8 +85,10 @@ class Lanes:
     def _open_shared(self, exchange: Exchange, binding: Binding) -> Lane:
         # Who connects by way of a tunnel or a proxy wants it to carry the tensors, unless they say otherwise.
         directly_at = self._address.target if self._remote.transport == "auto" else ""
-        shared = exchange(pb.ClientFrame(share=pb.Share(directly_at=directly_at))).shared
-        adopt = self._remote.adopt_parameters and binding.adoptable
+        can_lie_there = binding.adoptable
+        adopt = self._remote.adopt_parameters and can_lie_there
+        share = pb.Share(directly_at=directly_at, looks_on=can_lie_there and not adopt)
+        shared = exchange(pb.ClientFrame(share=share)).shared
         try:
             lane = SharedMemoryLane(shared, binding.tensors, binding.layout, adopt=adopt)
         except SharedMemoryError as error:

@@ -411,6 +411,8 @@ class Link:
         self.finish_arrival()
         if self.broken_arrival:
             _LOGGER.warning("farstep: the last parameters from %s have not all come: these are a mixture", self.address)
+        if self.lane is not None:
+            self.lane.let_go()
         if self._stream is not None:
             try:
                 self._exchange(pb.ClientFrame(leave=pb.Leave()), EMPTY, time.monotonic() + _LEAVE_SECONDS)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from farstep.transports.views import View
 from farstep_wire.frames import EMPTY, Body, BytesSource, Sink
 from farstep_wire.v1 import optimizer_pb2 as pb
 
@@ -144,6 +145,20 @@ class Lane(ABC):
 
     def adopt(self) -> None:
         """Have the parameters lie there from now on, where that was asked for; they hold what the server has there."""
+        return
+
+    @property
+    def left(self) -> bool:
+        """Whether the server does not go on with it, and another one is to be agreed on."""
+        return False
+
+    @property
+    def view(self) -> View | None:
+        """The view of the server's parameters in which this worker's may lie."""
+        return None
+
+    def let_go(self) -> None:
+        """Have the parameters be this worker's own, which the server is about to be told that it does not wait any more."""
         return
 
     @abstractmethod

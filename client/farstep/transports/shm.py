@@ -2,7 +2,7 @@
 
 Copies of a gradient on its way to the optimizer's step: one, in ``backward``, from the memory that autograd chose into the
 shared segment, while it is still in the cache; none where it was accumulated there. Copies of the parameters on their way
-back: one, into the parameters' own memory; none where they are adopted.
+back: none where the parameters lie in a view of the server's arena or are adopted, else one, into their own memory.
 
 A gradient is moved to the segment only where nobody can tell: it came fresh from autograd, and nothing but the parameter
 refers to its memory. Any other is copied when the step is made. Memory of the segment that was a gradient, and that
@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from farstep.transports.base import Lane
+from farstep.transports.views import View
 from farstep_wire.frames import Sink
 from farstep_wire.layout import Layout, TensorSpec
-from farstep_wire.shared_memory import Segment, SegmentName, SharedMemoryError, open_segment
+from farstep_wire.shared_memory import PrivateSegment, Segment, SegmentName, SharedMemoryError, open_segment
 from farstep_wire.v1 import optimizer_pb2 as pb
-from farstep_wire.values import memory
+from farstep_wire.values import memory, uses
 
 # Python's references to a tensor that only a parameter or a list has: that, the caller's variable, and the argument.
 _ONLY_REFERENCES = 3
@@ -38,11 +39,12 @@ class SharedMemoryLane(Lane):
         found = shared.parameters.content_bytes, shared.gradients.content_bytes
         if found != expected:
             raise SharedMemoryError(f"the server shares {found} bytes of parameters and gradients; {expected} are due")
-        self._parameters = open_segment(_named(shared.parameters), writable=adopt)
+        self._parameters = open_segment(_named(shared.parameters), writable=adopt, private=shared.looks_on)
         self._gradients = open_segment(_named(shared.gradients), writable=True)
         self._bytes = memory(self._parameters.content, self._parameters.nbytes)
         self._homes = Homes(tensors, layout, self._gradients)
         self._adopted = _Adopted(tensors, layout, self._parameters) if adopt else None
+        self._view = _view(tensors, layout, self._parameters)
         self.proof = self._gradients.prove()
 
     @property
@@ -56,6 +58,8 @@ class SharedMemoryLane(Lane):
 
     def take(self, changes: int, sink: Sink) -> bool:
         """Copy the parameters, where they are not adopted; see Lane."""
+        if self._view is not None and self._view.inside:
+            return self._view.settle(changes)
         if not self.adopted:
             sink.write(0, self._bytes)
         return int(self._parameters.changes) == changes
@@ -66,15 +70,40 @@ class SharedMemoryLane(Lane):
             self._adopted.enter()
 
     @property
+    def left(self) -> bool:
+        """Whether the server has gone on in other memory; see Lane."""
+        return bool(self._parameters.left)
+
+    def let_go(self) -> None:
+        """Have the parameters be their own; see Lane."""
+        if self._view is not None:
+            self._view.leave()
+
+    @property
+    def view(self) -> View | None:
+        """The view of the server's parameters; see Lane."""
+        return self._view
+
+    @property
     def adopted(self) -> bool:
         """Whether the parameters lie in shared memory."""
         return self._adopted is not None and self._adopted.inside
 
     def close(self, *, settled: bool) -> None:
         """Give the segments up; see Lane. Parameters that lie there get memory of their own."""
+        self.let_go()
         self._homes.leave(move_out=not settled)
         if self._adopted is not None:
             self._adopted.leave()
+
+
+def _view(tensors: Sequence[Tensor], layout: Layout, segment: Segment) -> View | None:
+    if not isinstance(segment, PrivateSegment):
+        return None
+    try:
+        return View(tensors, layout, segment)
+    except SharedMemoryError:
+        return None
 
 
 def _named(segment: pb.Segment) -> SegmentName:
@@ -114,7 +143,7 @@ class Homes:
             or gradient.data_ptr() == self._pointers[number]
         ):
             return
-        fresh = sys.getrefcount(gradient) <= _ONLY_REFERENCES and _uses(gradient.untyped_storage()) == 1
+        fresh = sys.getrefcount(gradient) <= _ONLY_REFERENCES and uses(gradient.untyped_storage()) == 1
         if fresh and self._is_free(number):
             if self._homes[number].data_ptr() != self._pointers[number]:
                 self._homes[number] = _tensor_in(self._storages[number], self._specs[number])
@@ -139,7 +168,7 @@ class Homes:
         home = self._homes[number]
         inside = home.data_ptr() == self._pointers[number]
         kept = inside and sys.getrefcount(home) > _ONLY_REFERENCES
-        return not kept and _uses(self._storages[number]) == int(inside)
+        return not kept and uses(self._storages[number]) == int(inside)
 
     def leave(self, *, move_out: bool) -> None:
         """Move no more gradients; ``move_out``: those that are here get memory of their own."""
@@ -176,17 +205,15 @@ def _fits(gradient: Tensor, spec: TensorSpec) -> bool:
     )
 
 
-def _uses(storage: torch.UntypedStorage) -> int:
-    """Return how many tensors have a storage, which ``storage`` itself refers to once more."""
-    return int(torch._C._storage_Use_Count(storage._cdata)) - 1
-
-
 class _Adopted:
     """Parameters that lie in shared memory instead of their own."""
 
     def __init__(self, tensors: Sequence[Tensor], layout: Layout, segment: Segment) -> None:
         self._tensors = list(tensors)
-        self._views = layout.views(segment.content)
+        self._views = [
+            spec.view(segment.tensor(torch.uint8, offset, spec.nbytes), 0)
+            for spec, offset in zip(layout.specs, layout.arena.offsets, strict=True)
+        ]
         self.inside = False
 
     def enter(self) -> None:

@@ -1094,22 +1094,26 @@ class Share(_message.Message):
     PROOF_FIELD_NUMBER: _builtins.int
     DECLINED_FIELD_NUMBER: _builtins.int
     DIRECTLY_AT_FIELD_NUMBER: _builtins.int
+    LOOKS_ON_FIELD_NUMBER: _builtins.int
     proof: _builtins.bytes
     """The nonce that the client wrote into the gradients' segment, 128 bytes from its beginning; empty: there is none."""
     declined: _builtins.str
     """Why the client will do without, in words; the server takes the gradients' segment back."""
     directly_at: _builtins.str
     """Where the client reaches the server, if memory is to be shared only where nothing stands between the two; else empty."""
+    looks_on: _builtins.bool
+    """Whether the client would have its own parameters lie in the arena's pages, copied when it writes to them."""
     def __init__(
         self,
         *,
         proof: _builtins.bytes = ...,
         declined: _builtins.str = ...,
         directly_at: _builtins.str = ...,
+        looks_on: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["declined", b"declined", "directly_at", b"directly_at", "proof", b"proof"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["declined", b"declined", "directly_at", b"directly_at", "looks_on", b"looks_on", "proof", b"proof"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1215,10 +1219,15 @@ class Shared(_message.Message):
 
     PARAMETERS_FIELD_NUMBER: _builtins.int
     GRADIENTS_FIELD_NUMBER: _builtins.int
+    LOOKS_ON_FIELD_NUMBER: _builtins.int
+    looks_on: _builtins.bool
+    """Whether the client may look on: the arena changes only while this session waits for a reply."""
     @_builtins.property
     def parameters(self) -> Global___Segment:
         """The parameters' arena, written by the server alone. The 64-bit number 64 bytes from the segment's beginning counts its
-        changes: what was copied is whole if the number is still the one that the reply named.
+        changes: what was copied is whole if the number is still the one that the reply named. The number 72 bytes from it is that
+        count once the last change is complete, and the one 80 bytes from it is not zero where the server has left the arena as it
+        is and goes on in another.
         """
 
     @_builtins.property
@@ -1230,10 +1239,11 @@ class Shared(_message.Message):
         *,
         parameters: Global___Segment | None = ...,
         gradients: Global___Segment | None = ...,
+        looks_on: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["gradients", b"gradients", "parameters", b"parameters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gradients", b"gradients", "parameters", b"parameters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gradients", b"gradients", "looks_on", b"looks_on", "parameters", b"parameters"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,6 +10,7 @@ from farstep_server.core.closures import ClosureRun, Progress, Raised, Returned,
 from farstep_server.core.events import Act, Contribution, EvaluateReply, Evaluation, Refusal, Replies, Ticket
 from farstep_server.core.gradients import materialize, reduce_losses
 from farstep_server.core.options import GroupEdits, apply_edits, difference, frozen_options
+from farstep_server.core.parameters import Onlooker
 from farstep_server.core.pipeline import Pipeline
 from farstep_server.core.reduction import Part
 from farstep_wire.errors import Applied, ClosureError, FarstepError, InvalidRequestError, StepFailedError
@@ -46,9 +47,11 @@ class DrivenStep:
         for act in reversed(self.contributions.values()):
             if act.staged is not None:
                 edited = materialize(act.staged, self._engine.layout, self._engine.store.device)[1]
-                self._engine.write_parameters(edited)
-        self._engine.store.before_write()
-        self._take(self._run.start())
+                with self._engine.store.while_waiting(self._waiting):
+                    self._engine.write_parameters(edited)
+        with self._engine.store.while_waiting(self._waiting):
+            self._engine.store.before_write()
+            self._take(self._run.start())
 
     # What the participants are told.
 
@@ -85,6 +88,12 @@ class DrivenStep:
             for act in self._acts
             if act.worker in self._tickets
         ]
+
+    @property
+    def _waiting(self) -> list[Onlooker]:
+        """Those that wait for a reply and do not evaluate just now."""
+        there = [act for act in self._acts if act.worker in self._tickets and act.worker not in self._asked]
+        return [(act.worker, act.epoch) for act in there]
 
     # What they answer.
 
@@ -136,8 +145,9 @@ class DrivenStep:
         self._engine.set_gradients(self._pipeline.reduce(parts, used, guarded=self._wanted == 0))
         self._engine.clip_gradients(self._pipeline.settings)
         self._results.clear()
-        self._engine.store.before_write()
-        self._take(self._run.resume(loss))
+        with self._engine.store.while_waiting(self._waiting):
+            self._engine.store.before_write()
+            self._take(self._run.resume(loss))
 
     @property
     def evaluations(self) -> int:
@@ -173,5 +183,6 @@ class DrivenStep:
         """Unwind the step and undo all it did."""
         if self.finished is None:
             self._run.abort()
-        self._engine.store.before_write()
-        self._undo.restore()
+        with self._engine.store.while_waiting(self._waiting):
+            self._engine.store.before_write()
+            self._undo.restore()

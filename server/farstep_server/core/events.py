@@ -11,7 +11,7 @@ from torch import Tensor
 from farstep_server.core.gradients import Staged
 from farstep_server.core.history import Round
 from farstep_server.core.options import GroupEdits
-from farstep_server.core.parameters import Parameters, SharedArena
+from farstep_server.core.parameters import Onlooker, Parameters, SharedArena
 from farstep_server.core.records import Description, Dump, Outcome
 from farstep_server.core.schedules import ScheduleSpec
 from farstep_wire.errors import FarstepError
@@ -150,10 +150,14 @@ class ReadParameters:
 
 @dataclass(frozen=True)
 class ShareParameters:
-    """Asks that the parameters lie in memory that workers see. ``make`` is given their size in bytes."""
+    """Asks that the parameters lie in memory that workers see. ``make`` is given their size in bytes.
+
+    ``onlooker``: who would have its own parameters lie there.
+    """
 
     ticket: Ticket
     make: Callable[[int], SharedArena]
+    onlooker: Onlooker | None = None
 
 
 @dataclass(frozen=True)
@@ -309,10 +313,11 @@ class ParametersReply:
 
 @dataclass(frozen=True)
 class SharedReply:
-    """The memory where the parameters lie from now on, and the layout that they have there."""
+    """The memory where the parameters lie from now on, and the layout that they have there; whether who asked looks on."""
 
     memory: SharedArena
     layout: Layout
+    looks_on: bool
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,10 @@ class HostedOptimizer:
         match event:
             case ev.ShareParameters():
                 memory = self.engine.store.share(event.make)
-                self._reply(event.ticket, ev.SharedReply(memory, self.engine.layout))
+                looks_on = (
+                    event.onlooker is not None and self._goes_in_step and self.engine.store.look_on(event.onlooker)
+                )
+                self._reply(event.ticket, ev.SharedReply(memory, self.engine.layout, looks_on))
             case ev.ReadState():
                 self._refuse_in_driven_step()
                 state = self.engine.read_state(event.indices)
@@ -259,6 +262,7 @@ class HostedOptimizer:
         self._reply(ticket, ev.Refusal(error))
 
     def _on_leave(self, event: ev.Leave) -> None:
+        self.engine.store.look_away((event.worker, event.epoch))
         if self.members.leave(event.worker, event.epoch):
             self._forget(event.worker)
         if event.ticket is not None:
@@ -411,13 +415,20 @@ class HostedOptimizer:
     def _step(self, acts: list[ev.Contribution], contributors: list[ev.Contribution], edits: GroupEdits) -> None:
         begun = self._clock()
         try:
-            changed = self.pipeline.step(contributors, edits, self._lr_divisor(contributors))
+            with self.engine.store.while_waiting([(act.worker, act.epoch) for act in acts]):
+                changed = self.pipeline.step(contributors, edits, self._lr_divisor(contributors))
         except NonFiniteError as error:
             if self.pipeline.settings.non_finite == "raise":
                 raise
             self.decisions.skipped(acts, edits, str(error))
         else:
             self.decisions.committed(acts, edits, changed, self._clock() - begun)
+
+    @property
+    def _goes_in_step(self) -> bool:
+        """Whether every worker waits whenever there is a step, as long as all are well."""
+        policy = self.identity.policy
+        return isinstance(policy, Sync) and policy.min_workers is None
 
     def _lr_divisor(self, contributors: Sequence[ev.Contribution]) -> int:
         policy = self.identity.policy

@@ -6,13 +6,18 @@ onto a copy. Where all have finished, which is the rule under Sync, nothing is c
 
 The arena may lie in memory that workers on the same host see. They copy from it without asking; a count of its changes tells
 them afterwards whether what they copied was whole.
+
+Workers may also look on: their own parameters are the arena's pages. What they see must change only while they wait for a
+reply. Where a write comes at another time, to one of them at least, the arena moves on to other memory and leaves them what
+they see.
 """
 
 from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 from weakref import ref
@@ -21,6 +26,7 @@ import torch
 from torch import Tensor
 
 from farstep_server.core.narrowed import NarrowCopies, NarrowReading, Spare
+from farstep_wire.errors import FarstepError
 from farstep_wire.layout import Layout
 from farstep_wire.narrowing import Narrowing
 
@@ -105,10 +111,20 @@ class ParameterReader:
 
 
 class SharedArena(Protocol):
-    """Memory that workers see: ``content``, uint8, and ``changes``, one int64."""
+    """Memory that workers see: ``content``, uint8, and one int64 each.
+
+    ``changes`` counts the changes as they begin, ``complete`` is that count when the last is complete, ``left`` is not zero
+    once the arena lies elsewhere.
+    """
 
     content: Tensor
     changes: Tensor
+    complete: Tensor
+    left: Tensor
+
+
+Onlooker = tuple[str, int]
+"""A worker and the epoch of its session."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +157,9 @@ class ParameterStore:
         self._spare: Spare = {}
         self._copies = NarrowCopies(self._spare)
         self.shared: SharedArena | None = None
+        self._make: Callable[[int], SharedArena] | None = None
+        self._onlookers: set[Onlooker] = set()
+        self._waiting: Collection[Onlooker] = ()
 
     @property
     def nbytes(self) -> int:
@@ -149,15 +168,60 @@ class ParameterStore:
 
     def share(self, make: Callable[[int], SharedArena]) -> SharedArena:
         """Move the arena to shared memory, where it is not there yet; ``make`` is given its size in bytes."""
+        self._make = make
         if self.shared is None:
             shared = make(self.nbytes)
             shared.content.copy_(self.host())
             shared.changes.add_(1)
+            shared.complete.copy_(shared.changes)
             # Readers that have not finished keep the memory that they read, which nobody writes to any more.
             self._readers.clear()
             self._move_to(shared.content)
             self.shared = shared
         return self.shared
+
+    def look_on(self, onlooker: Onlooker) -> bool:
+        """Let a worker have its parameters lie in the arena; False where they could not, the arena lying on another device."""
+        if self.shared is None or self.device.type != "cpu":
+            return False
+        self._onlookers.add(onlooker)
+        return True
+
+    def look_away(self, onlooker: Onlooker) -> None:
+        """A worker looks on no more."""
+        self._onlookers.discard(onlooker)
+
+    @contextmanager
+    def while_waiting(self, waiting: Collection[Onlooker]) -> Iterator[None]:
+        """Say who waits for a reply, and may see the parameters change, as long as the block runs."""
+        self._waiting = waiting
+        try:
+            yield
+        finally:
+            self._waiting = ()
+            if self.shared is not None:
+                self.shared.complete.copy_(self.shared.changes)
+
+    def _leave_onlookers(self) -> None:
+        """Move on to other memory where somebody looks on who does not wait for a change."""
+        if self.shared is None or all(onlooker in self._waiting for onlooker in self._onlookers):
+            return
+        left, self.shared = self.shared, None
+        self._onlookers.clear()
+        assert self._make is not None, "made once"
+        try:
+            self.share(self._make)
+        except FarstepError:
+            self._readers.clear()
+            self._move_to(left.content.clone())
+        else:
+            # No count of the one stands for the other's content.
+            self._count_from(left)
+        left.left.fill_(1)
+
+    def _count_from(self, left: SharedArena) -> None:
+        assert self.shared is not None, "made just now"
+        self.shared.changes.copy_(left.changes + 1)
 
     def _move_to(self, content: Tensor) -> None:
         """Go on in other memory, which holds what the arena does; readers may keep what was it until now."""
@@ -198,6 +262,7 @@ class ParameterStore:
             self._host_is_current = False
 
     def _detach_readers(self) -> None:
+        self._leave_onlookers()
         if self.shared is not None:
             self.shared.changes.add_(1)
         known = [reader() for reader in self._readers]
@@ -220,7 +285,8 @@ class ParameterStore:
 
         The tensors that are there already keep their identity; the old store must not be used afterwards.
         """
-        self.before_write()
+        with self.while_waiting(list(self._onlookers)):
+            self.before_write()
         arena = torch.zeros(layout.arena.nbytes, dtype=torch.uint8)
         for target, source in zip(layout.views(arena), [*self.tensors, *group.views(contents)], strict=True):
             target.copy_(source.detach())

@@ -1,7 +1,7 @@
 """Steps of torch's own classes that go through the parameters a few at a time, each with its mean just made.
 
-Where torch's fused kernels step, a team of threads shares the slices: those kernels cut a tensor into whole vectors, so that the
-bits do not depend on how many threads an operation has. Torch's other kernels are given what threads they have in torch.
+Where torch's fused kernels step, a team of threads shares the slices: those kernels cut a tensor into whole vectors, so that
+the bits do not depend on how many threads an operation has. Torch's other kernels are given what threads they have in torch.
 """
 
 from __future__ import annotations

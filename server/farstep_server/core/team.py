@@ -7,8 +7,6 @@ parameters each thread takes the next when it is through with its own, and they 
 
 from __future__ import annotations
 
-import functools
-import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,29 +18,23 @@ Work = TypeVar("Work")
 
 
 class Team:
-    """So many threads."""
+    """So many threads. ``settle``: is called in each of them, with its number, when it begins."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, settle: Callable[[int], None]) -> None:
         self.size = size
         started = threading.Barrier(size)
-        processors = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
-        own = iter(processors)
 
         def begin() -> None:
             torch.get_num_threads()  # which sets what a thread begins with, once
             torch.set_num_threads(1)
-            if size == len(processors):
-                # One that is handed Python's lock is woken on the processor of the thread that let go of it, and would stay
-                # there beside it for as long as a step takes.
-                os.sched_setaffinity(0, {next(own)})
-            started.wait()
+            settle(started.wait())
 
         self._threads = ThreadPoolExecutor(size, "farstep-team", begin)
         for future in [self._threads.submit(started.wait) for _ in range(size)]:
             future.result()
 
     def share(self, pieces: Sequence[Work], work: Callable[[Work, int], None]) -> None:
-        """Call ``work`` with each piece and the number of the thread that does it, the first ones first; raise what it raises."""
+        """Call ``work`` with each piece and the number of the thread that does it, in about that order; raise its errors."""
         taken = iter(pieces)
         lock = threading.Lock()
 
@@ -60,15 +52,20 @@ class Team:
             raise errors[0]
 
 
-@functools.cache
-def team() -> Team | None:
-    """Return the process's threads, as many as torch uses within one operation; None where that is one.
+_teams: list[Team] = []
 
-    The first call is to come before there are other threads that use torch: what they begin with is set meanwhile.
+
+def form_team(settle: Callable[[int], None]) -> None:
+    """Start the process's threads, as many as torch uses within one operation, where those are several.
+
+    To be called before there are other threads that use torch: what they begin with is set meanwhile.
     """
     size = torch.get_num_threads()
-    if size == 1:
-        return None
-    own = Team(size)
-    torch.set_num_threads(size)
-    return own
+    if size > 1 and not _teams:
+        _teams.append(Team(size, settle))
+        torch.set_num_threads(size)
+
+
+def team() -> Team | None:
+    """Return the process's threads, if there are any."""
+    return _teams[0] if _teams else None

@@ -444,7 +444,8 @@ class Session:
             self._sharing.confirm(share.proof)
             frame.done.SetInParent()
         else:
-            shared = self._sharing.offer(seat.owner, self._directory.listening, share.directly_at)
+            onlooker = (seat.worker, seat.epoch) if share.looks_on else None
+            shared = self._sharing.offer(seat.owner, self._directory.listening, share.directly_at, onlooker)
             frame.shared.CopyFrom(shared)
         self._answer(frame)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from farstep_server.core import events as ev
 from farstep_server.core.gradients import Staged
+from farstep_server.core.parameters import Onlooker
 from farstep_server.hosting.owner import Owner
 from farstep_wire.errors import ConfigurationError, InvalidRequestError, ResourceExhaustedError
 from farstep_wire.layout import GradientForm, GradientPlan, Layout
@@ -27,8 +28,10 @@ class Sharing:
         self._layout: Layout | None = None
         self._views: list[Tensor] = []
 
-    def offer(self, owner: Owner, listening: Sequence[str], directly_at: str) -> pb.Shared:
-        """Make the segments, and say where they are.
+    def offer(
+        self, owner: Owner, listening: Sequence[str], directly_at: str, onlooker: Onlooker | None = None
+    ) -> pb.Shared:
+        """Make the segments, and say where they are, and whether the worker may look on, if it would.
 
         ResourceExhaustedError: there can be none. ConfigurationError: the client wants them only where it reaches this server
         directly, and this server does not listen where it says.
@@ -36,11 +39,13 @@ class Sharing:
         self.withdraw()
         if directly_at:
             check_directly(listening, directly_at)
-        reply = owner.ask(lambda ticket: ev.ShareParameters(ticket, self._make), ev.SharedReply, _SHARE_SECONDS)
+        reply = owner.ask(
+            lambda ticket: ev.ShareParameters(ticket, self._make, onlooker), ev.SharedReply, _SHARE_SECONDS
+        )
         assert isinstance(reply.memory, OwnSegment), "made here"
         segment = self._make(reply.layout.gradients.nbytes)
         self._segment, self._layout = segment, reply.layout
-        return pb.Shared(parameters=_located(reply.memory), gradients=_located(segment))
+        return pb.Shared(parameters=_located(reply.memory), gradients=_located(segment), looks_on=reply.looks_on)
 
     def confirm(self, proof: bytes) -> None:
         """The client sees the segments; InvalidRequestError where it does not."""
