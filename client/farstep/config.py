@@ -82,7 +82,8 @@ class Remote:
         timeouts: how long to wait for what.
         retry: pauses between attempts to connect.
         detect_edits: compare every parameter's bits before each step, so that edits through ``p.data`` are seen too. Without
-            it only edits that torch itself records are seen (``p.copy_``, ``load_state_dict``).
+            it only edits that torch itself records are seen (``p.copy_``, ``load_state_dict``). Parameters that lie in the
+            server's pages, as they do over shared memory under Sync, need no comparison: edits are always seen.
         settings: what the server does around each step (clipping, non-finite guard, average); None leaves it as it is on the
             server, or as torch does it.
         adopt_parameters: with shared memory, have the parameters lie in the server's own memory, so that nothing is copied
