@@ -7,15 +7,21 @@ ones with a sum over their words, which reads them once and keeps nothing.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate
+from threading import Thread
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from farstep_wire.layout import TensorSpec
 
 _COPIED_BYTES = 64 * 1024
+_SHARED_BYTES = 4 * 1024 * 1024
+"""From twice this on, two threads share the sums."""
 
 
 class EditDetector:
@@ -88,10 +94,15 @@ class EditDetector:
 
 def sums_of_words(tensors: Sequence[Tensor]) -> list[int]:
     """Return, for each tensor, the sum of its bytes taken as the widest integers that fit, modulo 2**64."""
+    words = [_words(tensor.detach()) for tensor in tensors]
     result = [0] * len(tensors)
+    here = [index for index, each in enumerate(words) if each.is_cpu]
+    for index, value in zip(here, _sums_here([words[index] for index in here]), strict=True):
+        result[index] = value
     by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
-    for index, tensor in enumerate(tensors):
-        by_device.setdefault(tensor.device, []).append((index, _sum_of_words(tensor.detach())))
+    for index, each in enumerate(words):
+        if not each.is_cpu:
+            by_device.setdefault(each.device, []).append((index, each.sum(dtype=torch.int64)))
     for entries in by_device.values():
         # One transfer per device, not one per parameter.
         values = torch.stack([value for _, value in entries]).tolist()
@@ -100,7 +111,26 @@ def sums_of_words(tensors: Sequence[Tensor]) -> list[int]:
     return result
 
 
-def _sum_of_words(tensor: Tensor) -> Tensor:
+def _sums_here(words: Sequence[Tensor]) -> list[int]:
+    # Not by torch, whose threads meet at the end of each tensor, and on a busy machine wait for each other for long.
+    arrays = [each.numpy() for each in words]
+    half = sum(array.nbytes for array in arrays) // 2
+    if half < _SHARED_BYTES:
+        return _sums(arrays)
+    behind = bisect_left(list(accumulate(array.nbytes for array in arrays)), half)
+    second: list[int] = []
+    thread = Thread(target=lambda: second.extend(_sums(arrays[behind:])), name="farstep-edits")
+    thread.start()
+    first = _sums(arrays[:behind])
+    thread.join()
+    return first + second
+
+
+def _sums(arrays: Sequence[Any]) -> list[int]:
+    return [int(np.add.reduce(array, dtype=np.int64)) for array in arrays]
+
+
+def _words(tensor: Tensor) -> Tensor:
     dense = TensorSpec.of(tensor).is_dense
     flat = tensor.as_strided((tensor.numel(),), (1,)) if dense else tensor.contiguous().view(-1)
     if flat.is_complex():
@@ -108,5 +138,5 @@ def _sum_of_words(tensor: Tensor) -> Tensor:
     for words in (torch.int64, torch.int32, torch.int16):
         start = int(flat.storage_offset()) * flat.element_size()
         if (flat.nbytes | flat.data_ptr() | start) % words.itemsize == 0:
-            return flat.view(words).sum(dtype=torch.int64)
-    return flat.view(torch.uint8).sum(dtype=torch.int64)
+            return flat.view(words)
+    return flat.view(torch.uint8)
