@@ -149,6 +149,17 @@ def test_parameters_that_others_refer_to_stay_where_they_are(server: ServerProce
     own.remote.close()
 
 
+def test_parameters_that_other_processes_see_stay_where_they_are(server: ServerProcess, name: str) -> None:
+    params = _parameters()
+    for parameter in params:
+        parameter.share_memory_()
+    own = optim.SGD(params, lr=0.1, remote=_remote(server, name))
+    _give_gradients(params, 1)
+    own.step()
+    assert all(parameter.is_shared() for parameter in params)
+    own.remote.close()
+
+
 def test_each_has_a_storage_of_its_own(server: ServerProcess, name: str) -> None:
     pair = Pair(server, name)
     assert [parameter.untyped_storage().nbytes() for parameter in pair.both[0]] == [4 * size for size in _SIZES]

@@ -56,8 +56,8 @@ class View:
         return list(zip(self._specs, self._offsets, strict=True))
 
     def enter(self) -> bool:
-        """Have the parameters, which hold what the server has, lie in its pages; False where others refer to theirs."""
-        if any(uses(tensor.untyped_storage()) > 1 for tensor in self._tensors):
+        """Have the parameters, which hold what the server has, lie in its pages; False where theirs are not theirs alone."""
+        if not all(map(_is_free, self._tensors)):
             return False
         self._changes = int(self._segment.changes)
         with torch.no_grad():
@@ -133,6 +133,14 @@ class View:
         """Keep the parameters as they are; what the server does from now on is not seen any more."""
         self.keep()
         self.inside = False
+
+
+def _is_free(tensor: Tensor) -> bool:
+    """Whether nobody can tell where a tensor lies: it is a plain one, whose memory no other refers to, no process, no file."""
+    if type(tensor) not in {Tensor, torch.nn.Parameter} or tensor.is_shared():  # type: ignore[no-untyped-call]
+        return False
+    storage = tensor.untyped_storage()
+    return uses(storage) <= 1 and storage.filename is None
 
 
 class _Pages:
