@@ -1,4 +1,7 @@
-"""Whole iterations: forward and backward of layers that take their time without taking the processor, as on a device."""
+"""Whole iterations: forward and backward of layers that take their time without taking the processor, as on a device.
+
+Gradients stay where they are from one iteration to the next, since a device has no pages to fault in.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.benchmarks.contenders import Contender, Seat, remote_optimizer
+from tests.benchmarks.contenders import LR, Contender, Seat, remote_optimizer
 from tests.benchmarks.sizes import Size
 
 
@@ -23,7 +26,7 @@ class _Slowly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         time.sleep(2 * ctx.seconds)
-        return outputs[0], ctx.saved_tensors[0].clone(), None, None
+        return outputs[0], ctx.saved_tensors[0], None, None
 
 
 class _Layer(nn.Module):
@@ -40,25 +43,26 @@ class _Layer(nn.Module):
 
 
 def iteration(size: Size, seat: Seat, options: dict[str, Any]) -> Contender:
-    """Forward, backward and step; without an address, forward and backward alone."""
+    """Forward, backward and step; without an address, the step is that of a fused torch.optim.Adam."""
     how = dict(options)
     layer_seconds, overlap = how.pop("layer_seconds"), how.pop("overlap", False)
     model = nn.Sequential(*[_Layer(size.elements, layer_seconds) for _ in range(size.tensors)])
-    close = None
-    optimizer: Any = None
-    if "address" in how:
+    remote = "address" in how
+    optimizer: Any
+    if remote:
         optimizer, close = remote_optimizer(list(model.parameters()), seat, how)
         if overlap:
             optimizer.remote.overlap(model)
+    else:
+        optimizer, close = torch.optim.Adam(model.parameters(), lr=LR, fused=True), lambda: None
 
     def step() -> None:
-        model.zero_grad()
+        model.zero_grad(set_to_none=False)
         model(torch.zeros((), requires_grad=True)).backward()
-        if optimizer is not None:
-            optimizer.step()
+        optimizer.step()
 
     def prepare() -> None:
-        if optimizer is not None:
+        if remote:
             optimizer.remote.wait()
 
-    return Contender(step, prepare, close or (lambda: None))
+    return Contender(step, prepare, close)
