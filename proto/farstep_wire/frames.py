@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar
 
 from google.protobuf.message import DecodeError
 
+from farstep_wire.copying import copy_bytes, join_bytes
 from farstep_wire.errors import InvalidRequestError
 from farstep_wire.layout import align
 from farstep_wire.limits import CHUNK_BYTES, HEADER_BYTES
@@ -55,7 +56,7 @@ class Body:
 
     def join(self, prefix: Sequence[bytes], start: int, stop: int) -> bytes:
         """Return the prefix and a range of the bytes as one."""
-        return b"".join((*prefix, *self.slices(start, stop)))
+        return join_bytes((*prefix, *self.slices(start, stop)))
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """Yield the ranges of the segments, but for what only fills up to the alignment."""
@@ -193,7 +194,7 @@ class BufferSink:
 
     def write(self, offset: int, data: memoryview) -> None:
         """Copy the bytes to their place."""
-        self._buffer[offset : offset + len(data)] = data
+        copy_bytes(self._buffer[offset : offset + len(data)], data)
 
 
 class NullSink:
@@ -230,7 +231,7 @@ class ScatterSink:
                 break
             low, high = max(start, offset), min(start + len(buffer), stop)
             if low < high:
-                buffer[low - start : high - start] = data[low - offset : high - offset]
+                copy_bytes(buffer[low - start : high - start], data[low - offset : high - offset])
 
 
 class Incoming:

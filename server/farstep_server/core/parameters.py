@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from farstep_server.core.narrowed import NarrowCopies, NarrowReading, Spare
+from farstep_wire.copying import join_bytes
 from farstep_wire.errors import FarstepError
 from farstep_wire.layout import Layout
 from farstep_wire.narrowing import Narrowing
@@ -67,7 +68,7 @@ class ParameterReader:
         with self._lock:
             assert self._buffer is not None, "read after its end"
             if self._narrowing is None:
-                result = b"".join((*prefix, tensor_memory(self._buffer)[start:stop]))
+                result = join_bytes((*prefix, tensor_memory(self._buffer)[start:stop]))
             else:
                 if self._narrowed is None:
                     self._narrowed = NarrowReading(self._narrowing, self._buffer, self._copies)
