@@ -26,9 +26,14 @@ def train(talk: Talk, address: str, name: str, worker: int, transport: Literal["
 
 
 def stand_still(talk: Talk, address: str, name: str, kind: str) -> None:
-    """Step by a process group, and stop in the middle of a transfer; once awake, step again, and say the versions."""
+    """Step by a process group, and stop: in the middle of a transfer, or "between" two steps.
+
+    Once awake, step again, and say the version and the transport.
+    """
     optimizer = _begin(address, name, 0, "pg")
     optimizer.step()
+    if kind == "between":
+        _stop(talk)
     post = Group._post
     left = 2
 
@@ -36,8 +41,7 @@ def stand_still(talk: Talk, address: str, name: str, kind: str) -> None:
         nonlocal left
         left -= name == kind
         if left == 0 and name == kind:
-            talk.say("stops")
-            os.kill(os.getpid(), signal.SIGSTOP)
+            _stop(talk)
         return post(group, name, tensor, number)
 
     Group._post = posting  # type: ignore[method-assign]
@@ -45,6 +49,11 @@ def stand_still(talk: Talk, address: str, name: str, kind: str) -> None:
         optimizer.step()
     talk.say([optimizer.remote.version, optimizer.remote.transport])
     optimizer.remote.close()
+
+
+def _stop(talk: Talk) -> None:
+    talk.say("stops")
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def _begin(address: str, name: str, worker: int, transport: Literal["shm", "pg"]) -> Any:

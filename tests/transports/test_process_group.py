@@ -270,7 +270,7 @@ def test_workers_that_are_killed_leave_nothing(servers: Servers, name: str) -> N
     _await(lambda: _gloo_of(server) == (0, 0))
 
 
-@pytest.mark.parametrize("kind", ["send", "recv"])
+@pytest.mark.parametrize("kind", ["send", "recv", "between"])
 def test_a_worker_that_stands_still_is_left_behind_and_comes_back(servers: Servers, name: str, kind: str) -> None:
     server = servers("--lease", "1")
     with Nursery([killed.__name__, "torch._dynamo"]) as nursery:
@@ -280,6 +280,20 @@ def test_a_worker_that_stands_still_is_left_behind_and_comes_back(servers: Serve
         child.resume()
         assert child.talk.hear() == [3, "pg"]
         child.await_end()
+
+
+def test_a_worker_whose_place_is_taken_has_no_group_any_more(servers: Servers, name: str) -> None:
+    server = servers()
+    pair = Twins(_remote(server.address, name))
+    pair.step()
+    with RawSession(server.address) as other:
+        layout = pair.own._farstep.binding.layout
+        other.attach(attach_message(name, optimizer="Adam"), layout_bytes(layout), b"")
+        _await(lambda: _gloo_of(server) == (0, 0))
+        pair.backward()
+        with pytest.raises(errors.FencedError):
+            pair.own.step()
+    pair.own.remote.close()
 
 
 def test_nobody_takes_over_a_mixture(server: ServerProcess, name: str) -> None:

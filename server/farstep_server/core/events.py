@@ -29,7 +29,10 @@ class Ticket(Protocol):
 
 @dataclass(frozen=True)
 class Join:
-    """A worker attaches. ``instance`` is the same on a reconnect."""
+    """A worker attaches. ``instance`` is the same on a reconnect.
+
+    ``session``: told, once, where the membership ends without the worker's word: its lease has run out, or it has attached anew.
+    """
 
     ticket: Ticket
     worker: str
@@ -40,6 +43,7 @@ class Join:
     optimizer: str
     lineage: str
     settings: Settings | None = None
+    session: Ticket | None = None
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,7 @@ class HostedOptimizer:
         self.decisions = Decisions(self.pipeline, self.members, self._rounds, self._answers, self._standing)
         self._driving = Driving(identity, self.pipeline, self.decisions, self._answers, clock)
         self._deferred: list[Deferred] = []
+        self._sessions: dict[str, ev.Ticket] = {}
         self.stale = 0
         self._had_workers = False
         self.defect: Exception | None = None
@@ -229,6 +230,9 @@ class HostedOptimizer:
             record.first_round = self.version + 1 if gathering else self.version
             self._driving.drop(event.worker)
             self.pipeline.accumulated.drop(event.worker)
+        self._end_session(event.worker, FencedError(f"worker {event.worker} has attached anew"))
+        if event.session is not None:
+            self._sessions[event.worker] = event.session
         self._had_workers = True
         self._answers.log.told(event.worker)
         self._reply(event.ticket, self._welcome(record, fresh=fresh, resumed=resumed))
@@ -261,15 +265,23 @@ class HostedOptimizer:
         error = FencedError(f"worker {worker}: another process has attached as the same worker", applied=applied)
         self._reply(ticket, ev.Refusal(error))
 
+    def _end_session(self, worker: str, error: FarstepError) -> None:
+        """Tell a worker's session that it is a member's no more."""
+        session = self._sessions.pop(worker, None)
+        if session is not None:
+            self._reply(session, ev.Refusal(error))
+
     def _on_leave(self, event: ev.Leave) -> None:
         self.engine.store.look_away((event.worker, event.epoch))
         if self.members.leave(event.worker, event.epoch):
+            self._sessions.pop(event.worker, None)
             self._forget(event.worker)
         if event.ticket is not None:
             self._reply(event.ticket, self._answers.done())
 
     def _expire(self, now: float) -> None:
         for worker in self.members.expire(now):
+            self._end_session(worker, LeaseError(f"worker {worker}'s lease has run out"))
             self._forget(worker)
 
     def _forget(self, worker: str) -> None:

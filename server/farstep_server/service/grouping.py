@@ -3,17 +3,22 @@
 The client leads: it says what its end has written to the common store, and is answered with what the server's end has. Neither
 waits on the other for longer than a moment; the ends connect in threads of their own. What fails later ends the session, so
 that the client attaches again and makes another group: no request is half in one group and half in another.
+
+A worker that stands still says nothing, and its connections stay open. Where no request is half done nothing waits for it, but
+its group has threads and ports. So a group has its worker's lease behind it: it is given up when the membership has ended.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import secrets
+import threading
 from collections.abc import Callable, Sequence
 from urllib.parse import unquote
 
 from torch import Tensor
 
+from farstep_server.core import events as ev
 from farstep_server.core.parameters import ParameterReader
 from farstep_wire.errors import ConfigurationError, InvalidRequestError, UnavailableError
 from farstep_wire.layout import Layout
@@ -55,6 +60,7 @@ class Grouping:
         self._layout: Layout | None = None
         self._sizes: list[int] = []
         self._ended = False
+        self._why_none = "this session has no process group"
 
     @property
     def group(self) -> Group | None:
@@ -116,6 +122,16 @@ class Grouping:
         self._ended = True
         self.withdraw()
 
+    def deliver(self, reply: ev.Reply) -> None:
+        """As the ticket of the session's membership: that has ended, and the group with it."""
+        if not isinstance(reply, ev.Refusal):
+            return
+        self._why_none = f"the process group was given up: {reply.error}"
+        self._ended = True
+        if self._making is not None:
+            # gloo's threads are waited for, for which the owner has no time.
+            threading.Thread(target=self.withdraw, name="farstep-group", daemon=True).start()
+
     # Bytes.
 
     def receive(self, sizes: Sequence[int], buffer: Tensor, total: int, show_life: Callable[[], None]) -> None:
@@ -144,7 +160,7 @@ class Grouping:
     def _whole(self) -> Group:
         group = self.group
         if group is None:
-            raise GroupError("this session has no process group")
+            raise GroupError(self._why_none)
         return group
 
 

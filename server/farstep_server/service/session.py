@@ -425,7 +425,7 @@ class Session:
         def event(ticket: ev.Ticket) -> ev.Join:
             return ev.Join(
                 ticket, attach.worker, attach.instance, blueprint.policy, blueprint.layout, blueprint.options,
-                blueprint.optimizer, attach.lineage, blueprint.settings,
+                blueprint.optimizer, attach.lineage, blueprint.settings, self._grouping,
             )  # fmt: skip
 
         reply = owner.ask(event, ev.JoinReply, _JOIN_SECONDS)
