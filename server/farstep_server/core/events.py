@@ -31,7 +31,7 @@ class Ticket(Protocol):
 class Join:
     """A worker attaches. ``instance`` is the same on a reconnect.
 
-    ``session``: told, once, where the membership ends without the worker's word: its lease has run out, or it has attached anew.
+    ``session``: told, once, where the membership ends without the worker's word: its lease runs out, or it attaches anew.
     """
 
     ticket: Ticket
