@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -232,8 +233,10 @@ def test_a_server_that_stands_still_is_the_typed_error(servers: Servers, name: s
 
 def _gloo_of(server: ServerProcess) -> tuple[int, int]:
     """Return how many of gloo's threads a server has, and at how many ports it listens."""
-    tasks = list(Path(f"/proc/{server.pid}/task").iterdir())
-    names = [(task / "comm").read_text() for task in tasks if task.exists()]
+    names = []
+    for task in Path(f"/proc/{server.pid}/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            names.append((task / "comm").read_text())
     listening = [each for each in psutil.Process(server.pid).net_connections() if each.status == psutil.CONN_LISTEN]
     return sum("gloo" in each for each in names), len(listening)
 
