@@ -42,6 +42,39 @@ print(f"127.0.0.1:{port}", flush=True)
 sys.stdin.read()
 """
 
+_GRPC_AIO = """
+import asyncio
+import sys
+import grpc
+
+async def echo(messages, context):
+    async for message in messages:
+        yield message
+
+async def push_then_pull(messages, context):
+    kept = []
+    async for message in messages:
+        if message:
+            kept.append(message)
+        else:
+            for each in kept:
+                yield each
+            kept = []
+
+async def main():
+    server = grpc.aio.server(options=[("grpc.max_receive_message_length", 4 << 20)])
+    methods = {"Echo": grpc.stream_stream_rpc_method_handler(echo),
+               "PushPull": grpc.stream_stream_rpc_method_handler(push_then_pull)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench.Bytes", methods),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    print(f"127.0.0.1:{port}", flush=True)
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+    await server.stop(0)
+
+asyncio.run(main())
+"""
+
 _FLIGHT = """
 import sys
 import threading
@@ -123,9 +156,12 @@ def _program(*arguments: str) -> Iterator[str]:
 
 
 @contextmanager
-def grpc_server() -> Iterator[str]:
-    """Run a gRPC server with ``Echo``, and ``PushPull``, which returns what it was sent once an empty message comes."""
-    with _program("-c", _GRPC) as address:
+def grpc_server(*, aio: bool = False) -> Iterator[str]:
+    """Run a gRPC server with ``Echo``, and ``PushPull``, which returns what it was sent once an empty message comes.
+
+    Its servicers run in threads, as farstep's do, or in an event loop (``aio``).
+    """
+    with _program("-c", _GRPC_AIO if aio else _GRPC) as address:
         yield address
 
 
