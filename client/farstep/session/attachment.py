@@ -17,7 +17,7 @@ from farstep.session.calls import call_done, call_pull
 from farstep.session.feedback import Feedback
 from farstep.session.groups import Groups
 from farstep.session.lanes import Exchange, Lanes
-from farstep.session.link import Link
+from farstep.session.link import Link, internal
 from farstep.session.options import OptionTracker, sendable
 from farstep.session.overlap import Overlap, OverlapOptions
 from farstep.session.placement import locate, policy_of, worker_of
@@ -71,6 +71,8 @@ class Attachment:
         self._driving = False
         self._holds_average = False
         self._torn = False
+        self._held: tuple[int, int] | None = None
+        self._takes_changes = False
         self._tried: View | None = None
         self._lanes = Lanes(remote, self.address)
         self._feedback = _feedback_of(remote, subject)
@@ -120,6 +122,7 @@ class Attachment:
         if attached.outcome == pb.Attached.OUTCOME_CREATED:
             self._adopt()
             self.binding.remember()
+            self._holds_standing()
             if self.remote.wire.parameters is not None:
                 # Its creator holds them as all workers do.
                 self._pull_first()
@@ -197,9 +200,30 @@ class Attachment:
 
     def _sink_for(self, frame: pb.ServerFrame) -> Sink:
         kind = frame.WhichOneof("body")
+        if kind == "stepped" and frame.stepped.HasField("changed"):
+            return self._changed_sink(frame)
         if kind in {"stepped", "evaluate", "parameters"} and frame.total_bytes and not self._adopts:
+            self._held = None
             return self.binding.sink()
         return NullSink()
+
+    def _changed_sink(self, frame: pb.ServerFrame) -> Sink:
+        changed = frame.stepped.changed
+        if not self._takes_changes or not frame.stepped.parameters or changed.since != self.link.standing.version:
+            raise internal(f"what has changed since version {changed.since}, which was not asked for")
+        self._held = None
+        return self.binding.changed_sink(changed, frame.total_bytes)
+
+    def _holds_standing(self) -> None:
+        """The parameters are those of the version that this worker stands at, bit for bit, but for edits of its own."""
+        self._held = self.link.standing.incarnation, self.link.standing.version
+
+    def _knows_all(self, but: Sequence[int]) -> bool:
+        """Whether what has changed since this worker's version is all that it needs, ``but`` being what it has edited."""
+        link = self.link
+        holds = not self._torn and not link.broken_arrival
+        holds = holds and self._held == (link.standing.incarnation, link.standing.version)
+        return holds and link.lane is None and self.binding.takes_changes(but)
 
     def _pull(self) -> None:
         if self._unsettled and self.subject.drives_closure:
@@ -215,10 +239,12 @@ class Attachment:
         standing = self.link.standing
         standing.version, standing.incarnation = parameters.version, parameters.incarnation
         self._holds_average = False
+        self._holds_standing()
 
     def _take(self, changes: int) -> bool:
         """Take over the parameters of a reply, which have come as bytes or lie in the lane; return whether they are whole."""
         lane = self.link.lane
+        self._held = None
         self._torn = bool(changes) and (lane is None or not lane.take(changes, self.binding.sink()))
         if not self._torn:
             if not changes and self.binding.view is not None:
@@ -280,6 +306,7 @@ class Attachment:
             self.binding.announce()
         self.binding.settle()
         self._torn = False
+        self._holds_standing()
 
     @property
     def overlapping(self) -> Overlap | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from farstep.session.changes import ChangedSink, write_rows
 from farstep.session.edits import EditDetector
 from farstep.session.feedback import Feedback
 from farstep.session.narrow import NarrowGradients, Piece, narrow_sink
@@ -29,6 +30,7 @@ from farstep_wire.layout import (
     align,
     plan_gradients,
 )
+from farstep_wire.v1 import optimizer_pb2 as pb
 from farstep_wire.values import memory
 from farstep_wire.wire_format import EXACT, Wire
 
@@ -160,6 +162,7 @@ class Binding:
         self._strided = [tensor for tensor in self.tensors if tensor.dim() > 1]
         self._staged: list[tuple[Tensor, Tensor]] = []
         self._sink: Sink | None = None
+        self._changed: ChangedSink | None = None
         self._gradient_memory: list[tuple[int, memoryview] | None] = [None] * len(self.tensors)
         self._order = [
             (index, spec.nbytes, _PADDING[: align(spec.nbytes) - spec.nbytes] if spec.nbytes % 64 else None)
@@ -365,6 +368,33 @@ class Binding:
                     tensor.copy_(staging)
         self.announce()
         self.settle()
+
+    def takes_changes(self, but: Sequence[int]) -> bool:
+        """Whether the parameters, if they were what the server has, still are, ``but`` for those that were edited."""
+        own_memory = not self.adopted and self.view is None
+        return own_memory and self._wire.parameters is None and self._edits.untouched(but)
+
+    def changed_sink(self, changed: pb.Changed, total_bytes: int) -> Sink:
+        """Return where the bytes of what has changed go; ``received_changed`` must follow. InternalError: see ChangedSink."""
+        self._look()
+        self._changed = ChangedSink(changed, total_bytes, self.layout, [place.memory for place in self._places])
+        return self._changed
+
+    def received_changed(self) -> None:
+        """Finish what ``changed_sink`` began."""
+        changed, self._changed = self._changed, None
+        assert changed is not None, "begun"
+        for number in changed.whole:
+            staging = self._places[number].staging
+            if staging is not None:
+                with torch.no_grad():
+                    self.tensors[number].copy_(staging)
+        rows = {
+            number: (write_rows(self.tensors[number], index, values), values)
+            for number, (index, values) in changed.rows.items()
+        }
+        torch.autograd.graph.increment_version([self.tensors[number] for number in (*changed.whole, *rows)])
+        self._edits.remember_changes(changed.whole, rows)
 
     @property
     def may_come_late(self) -> bool:

@@ -8,7 +8,7 @@ ones with a sum over their words, which reads them once and keeps nothing.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from threading import Thread
 from typing import Any
@@ -39,6 +39,7 @@ class EditDetector:
         self._joined = b""
         self._sums: list[int] = []
         self._edited: set[int] = set()
+        self._marks: list[tuple[int, int]] = []
 
     def look_at(self, memories: Sequence[memoryview | None]) -> None:
         """Take the places of the parameters in CPU memory, None where one has none of its own or not in its layout."""
@@ -65,12 +66,47 @@ class EditDetector:
         if not self._compare_bits:
             self._versions = self._marks_of_torch()
             return
-        self._joined = b"".join(self._memories)
-        self._copies = []
         if self._large:
             self._sums = sums_of_words([self._tensors[index] for index in self._large])
+        self._remember_rest()
+
+    def _remember_rest(self) -> None:
+        self._marks = self._marks_of_large()
+        self._joined = b"".join(self._memories)
         ends = accumulate(len(memory) for memory in self._memories)
         self._copies = [self._joined[end - len(memory) : end] for memory, end in zip(self._memories, ends, strict=True)]
+
+    def remember_changes(self, whole: Sequence[int], rows: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+        """Take the parameters for unchanged, of which nothing is new since the last time but some, or some rows of them.
+
+        ``rows``: as they were, and as they are. Large parameters are not read but for what is new in them; those whose rows do
+        not consist of the words that are added up, as of three float32, are read as a whole.
+        """
+        if not self._remembered or self._edited or not self._compare_bits:
+            self.remember()
+            return
+        places = {index: place for place, index in enumerate(self._large)}
+        again = [index for index in whole if index in places]
+        for index, (before, after) in rows.items():
+            if index in places:
+                words = _row_words(self._tensors[index].detach())
+                if words is None:
+                    again.append(index)
+                else:
+                    change = _sum_of_rows(after, words) - _sum_of_rows(before, words)
+                    place = places[index]
+                    self._sums[place] = (self._sums[place] + change + 2**63) % 2**64 - 2**63
+        for index, value in zip(again, sums_of_words([self._tensors[index] for index in again]), strict=True):
+            self._sums[places[index]] = value
+        self._remember_rest()
+
+    def untouched(self, but: Sequence[int]) -> bool:
+        """Whether torch knows of no change either, to large ones ``but`` some: what exchanges rows leaves the sum as it is."""
+        if not self._compare_bits:
+            return True
+        marks = zip(self._large, self._marks, self._marks_of_large(), strict=False)
+        known = len(self._marks) == len(self._large)
+        return known and all(old == new or index in but for index, old, new in marks)
 
     def changed(self) -> list[int]:
         """Return the indices of parameters that are not as remembered; none before the first ``remember``."""
@@ -90,6 +126,9 @@ class EditDetector:
 
     def _marks_of_torch(self) -> list[tuple[int, int]]:
         return [(tensor._version, tensor.data_ptr()) for tensor in self._tensors]
+
+    def _marks_of_large(self) -> list[tuple[int, int]]:
+        return [(self._tensors[index]._version, self._tensors[index].data_ptr()) for index in self._large]
 
 
 def sums_of_words(tensors: Sequence[Tensor]) -> list[int]:
@@ -135,8 +174,20 @@ def _words(tensor: Tensor) -> Tensor:
     flat = tensor.as_strided((tensor.numel(),), (1,)) if dense else tensor.contiguous().view(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).view(-1)
+    start = int(flat.storage_offset()) * flat.element_size()
     for words in (torch.int64, torch.int32, torch.int16):
-        start = int(flat.storage_offset()) * flat.element_size()
         if (flat.nbytes | flat.data_ptr() | start) % words.itemsize == 0:
             return flat.view(words)
     return flat.view(torch.uint8)
+
+
+def _row_words(tensor: Tensor) -> torch.dtype | None:
+    """Return what a tensor's rows are added up as, one by one; None where they do not consist of whole words."""
+    if tensor.is_complex() or not tensor.is_contiguous() or not tensor.numel():
+        return None
+    words = _words(tensor).dtype
+    return None if tensor[0].nbytes % words.itemsize else words
+
+
+def _sum_of_rows(rows: Tensor, words: torch.dtype) -> int:
+    return int(rows.contiguous().view(-1).view(words).sum(dtype=torch.int64))

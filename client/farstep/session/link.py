@@ -10,7 +10,8 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 from uuid import uuid4
@@ -289,17 +290,35 @@ class Link:
 
     def receive(self, sink_for: SinkFor, deadline: float) -> pb.ServerFrame:
         """Return the next reply; a Failure is raised as the error it stands for."""
-        frame = self._whole().receive(sink_for, deadline)
+        with self._ended_by_nonsense():
+            frame = self._whole().receive(sink_for, deadline)
         if frame.WhichOneof("body") == "failure":
             raise _failure(frame.failure)
         return frame
 
     def receive_first(self, sink_for: SinkFor, deadline: float) -> tuple[pb.ServerFrame, Rest | None]:
         """Return the next reply as soon as its header is there, and what receives the rest; see Stream."""
-        frame, rest = self._whole().receive_first(sink_for, deadline)
+        with self._ended_by_nonsense():
+            frame, rest = self._whole().receive_first(sink_for, deadline)
         if frame.WhichOneof("body") == "failure":
             raise _failure(frame.failure)
         return frame, rest
+
+    def receive_rest(self, rest: Rest) -> None:
+        """Receive what is left of a reply."""
+        with self._ended_by_nonsense():
+            rest(lambda _: None)
+
+    @contextmanager
+    def _ended_by_nonsense(self) -> Iterator[None]:
+        """Drop the stream where a reply makes no sense: nobody would take the rest of it."""
+        try:
+            yield
+        except UnavailableError:
+            raise
+        except FarstepError:
+            self._drop_stream()
+            raise
 
     def finish_arrival(self) -> None:
         """Wait for what is still on its way in; where it does not come, ``broken_arrival`` says so."""

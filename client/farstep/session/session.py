@@ -20,6 +20,7 @@ from farstep.session.steering import ask_again
 from farstep_wire.convert import edits_from_proto, edits_to_proto, forms_to_proto
 from farstep_wire.errors import ConfigurationError, FarstepError, RefusedError
 from farstep_wire.frames import EMPTY, BytesSource
+from farstep_wire.layout import SparseForm
 from farstep_wire.v1 import optimizer_pb2 as pb
 from farstep_wire.v1.steering_pb2 import DeclareScheduleRequest, ScheduleState
 from farstep_wire.values import from_map, from_value, to_value
@@ -170,6 +171,8 @@ class Session(Holdings):
 
         def make() -> tuple[pb.ClientFrame, BytesSource]:
             message.epoch = self.link.standing.epoch
+            self._takes_changes = message.takes_changes = self._asks_for_changes(message, load)
+            message.leaves_parameters = self.link.lane is not None
             if self.link.standing.settled >= message.sequence:
                 # Applied before the connection broke: only the recorded answer is wanted.
                 known = pb.Contribution(epoch=message.epoch, sequence=message.sequence, abstain=True)
@@ -191,6 +194,13 @@ class Session(Holdings):
         self.step_traffic = self.link.traffic - before
         return stepped
 
+    def _asks_for_changes(self, message: pb.Contribution, load: Load) -> bool:
+        if message.abstain or message.closure or not self._knows_all(message.edited_parameters):
+            return False
+        # What comes late is of no hurry: then only rows are worth that step waits for them.
+        sparse = any(isinstance(form, SparseForm) for form in load.forms.values())
+        return sparse or self._overlap is None or not self._overlap.late
+
     def _receive_step(self, link: Link, deadline: float) -> pb.Stepped:
         overlap = self._overlap
         if overlap is None or not overlap.late or not self.binding.may_come_late:
@@ -200,6 +210,9 @@ class Session(Holdings):
             return self._stepped(frame)
         if frame.WhichOneof("body") != "stepped":
             raise internal(f"{frame.WhichOneof('body')} where stepped is due")
+        if frame.stepped.HasField("changed"):
+            link.receive_rest(rest)
+            return self._stepped(frame)
         overlap.begin(link, rest)
         self._holds_average = False
         return frame.stepped
@@ -207,14 +220,20 @@ class Session(Holdings):
     def _stepped(self, frame: pb.ServerFrame) -> pb.Stepped:
         if frame.WhichOneof("body") != "stepped":
             raise internal(f"{frame.WhichOneof('body')} where stepped is due")
-        if frame.stepped.parameters:
+        if frame.stepped.HasField("changed"):
+            self.binding.received_changed()
+            self._torn = False
+        elif frame.stepped.parameters:
             self._take(frame.stepped.changes)
+        if frame.stepped.parameters:
             self._holds_average = False
         return frame.stepped
 
     def _after_step(self, stepped: pb.Stepped, edits: dict[int, Any], *, abstain: bool = False) -> StepResult:
         standing = self.link.standing
         standing.version, standing.incarnation = stepped.version, stepped.incarnation
+        if stepped.parameters and not self._torn:
+            self._holds_standing()
         used = stepped.outcome in {pb.Stepped.OUTCOME_COMMITTED, pb.Stepped.OUTCOME_SKIPPED}
         if used:
             self._options.acknowledge_edits(edits)

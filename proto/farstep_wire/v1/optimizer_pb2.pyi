@@ -734,6 +734,8 @@ class Contribution(_message.Message):
     ACCUMULATED_FIELD_NUMBER: _builtins.int
     SHARED_FIELD_NUMBER: _builtins.int
     STAGED_FIELD_NUMBER: _builtins.int
+    TAKES_CHANGES_FIELD_NUMBER: _builtins.int
+    LEAVES_PARAMETERS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The session's epoch."""
     sequence: _builtins.int
@@ -760,6 +762,12 @@ class Contribution(_message.Message):
     """The gradients have come in Stages since the session's last contribution, and only the edited parameters are among the bytes;
     the forms say no more than which are absent.
     """
+    takes_changes: _builtins.bool
+    """The worker holds that version of the parameters bit for bit, but for those that it says were edited, and would have a reply
+    that brings no more than what has changed since. Not with narrowed parameters.
+    """
+    leaves_parameters: _builtins.bool
+    """The parameters are to be left in shared memory, though the gradients are among the bytes."""
     @_builtins.property
     def forms(self) -> _containers.RepeatedCompositeFieldContainer[Global___GradientForm]:
         """The exceptions among the gradients."""
@@ -789,10 +797,12 @@ class Contribution(_message.Message):
         accumulated: _builtins.int = ...,
         shared: _builtins.bool = ...,
         staged: _builtins.bool = ...,
+        takes_changes: _builtins.bool = ...,
+        leaves_parameters: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abstain", b"abstain", "accumulated", b"accumulated", "closure", b"closure", "edited_parameters", b"edited_parameters", "edits", b"edits", "epoch", b"epoch", "forms", b"forms", "incarnation", b"incarnation", "num_samples", b"num_samples", "omit_parameters", b"omit_parameters", "sequence", b"sequence", "shared", b"shared", "staged", b"staged", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abstain", b"abstain", "accumulated", b"accumulated", "closure", b"closure", "edited_parameters", b"edited_parameters", "edits", b"edits", "epoch", b"epoch", "forms", b"forms", "incarnation", b"incarnation", "leaves_parameters", b"leaves_parameters", "num_samples", b"num_samples", "omit_parameters", b"omit_parameters", "sequence", b"sequence", "shared", b"shared", "staged", b"staged", "takes_changes", b"takes_changes", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1432,6 +1442,7 @@ class Stepped(_message.Message):
     STALENESS_FIELD_NUMBER: _builtins.int
     NOTICE_FIELD_NUMBER: _builtins.int
     CHANGES_FIELD_NUMBER: _builtins.int
+    CHANGED_FIELD_NUMBER: _builtins.int
     outcome: Global___Stepped.Outcome.ValueType
     """What became of it."""
     version: _builtins.int
@@ -1456,6 +1467,10 @@ class Stepped(_message.Message):
     def loss(self) -> _common_pb2.Value:
         """What the optimizer's step returned, where it drove a closure."""
 
+    @_builtins.property
+    def changed(self) -> Global___Changed:
+        """Set: of the parameters only what has changed follows, to a worker that said it takes that."""
+
     def __init__(
         self,
         *,
@@ -1469,14 +1484,58 @@ class Stepped(_message.Message):
         staleness: _builtins.int = ...,
         notice: _builtins.str = ...,
         changes: _builtins.int = ...,
+        changed: Global___Changed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["loss", b"loss"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["changed", b"changed", "loss", b"loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes", "contributions", b"contributions", "edits", b"edits", "incarnation", b"incarnation", "loss", b"loss", "notice", b"notice", "outcome", b"outcome", "parameters", b"parameters", "staleness", b"staleness", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed", b"changed", "changes", b"changes", "contributions", b"contributions", "edits", b"edits", "incarnation", b"incarnation", "loss", b"loss", "notice", b"notice", "outcome", b"outcome", "parameters", b"parameters", "staleness", b"staleness", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Stepped: _TypeAlias = Stepped  # noqa: Y015
+
+@_typing.final
+class Changed(_message.Message):
+    """What of the parameters has changed since the version that the worker holds. Bytes: for each parameter of which some rows
+    changed their numbers, int64, ascending; then, in layout order, those rows of each, or the whole of what changed as a whole.
+    Each of these begins at the next multiple of 64.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SINCE_FIELD_NUMBER: _builtins.int
+    WHOLE_FIELD_NUMBER: _builtins.int
+    IN_ROWS_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    since: _builtins.int
+    """The version that the worker said it holds."""
+    @_builtins.property
+    def whole(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The parameters that follow whole, ascending, each as it lies in the arena."""
+
+    @_builtins.property
+    def in_rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The parameters of which some rows follow, ascending: those that lie in the arena row by row."""
+
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """How many rows of each of those."""
+
+    def __init__(
+        self,
+        *,
+        since: _builtins.int = ...,
+        whole: _abc.Iterable[_builtins.int] | None = ...,
+        in_rows: _abc.Iterable[_builtins.int] | None = ...,
+        rows: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["in_rows", b"in_rows", "rows", b"rows", "since", b"since", "whole", b"whole"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Changed: _TypeAlias = Changed  # noqa: Y015
 
 @_typing.final
 class Evaluate(_message.Message):

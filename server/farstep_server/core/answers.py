@@ -8,6 +8,8 @@ from farstep_server.core import events as ev
 from farstep_server.core.engine import Engine
 from farstep_server.core.membership import Membership, Settled
 from farstep_server.core.options import GroupEdits, OptionLog, frozen_options
+from farstep_server.core.parameters import Parameters
+from farstep_server.core.partial import read_changed
 from farstep_server.core.records import Outcome
 from farstep_server.core.rounds import Rounds
 
@@ -94,7 +96,7 @@ class Answers:
     def _tell(self, answer: Answer) -> None:
         act, standing = answer.act, self._standing
         self._members[act.worker].version = standing.version
-        parameters = None if act.omit_parameters else self._engine.store.read(shared=act.shared)
+        parameters = None if act.omit_parameters else self._parameters(answer)
         self.put(
             act.ticket,
             ev.StepReply(
@@ -102,6 +104,16 @@ class Answers:
                 answer.loss, parameters, answer.staleness, answer.notice,
             ),
         )  # fmt: skip
+
+    def _parameters(self, answer: Answer) -> Parameters:
+        act, store = answer.act, self._engine.store
+        # Edits of a contribution that was not used, or was before, are none of the arena's.
+        knows = answer.outcome is Outcome.COMMITTED and not answer.everything
+        if act.takes_changes and knows and not act.shared and act.incarnation == self._standing.incarnation:
+            changed = read_changed(store, act.version)
+            if changed is not None:
+                return changed
+        return store.read(shared=act.shared)
 
     def _options(self, answer: Answer) -> GroupEdits:
         act, optimizer = answer.act, self._engine.optimizer

@@ -50,6 +50,7 @@ class Decisions:
         # Who left in the middle of a closure-driven step is part of its history, but has nothing to be told.
         everyone = parts if driven is None else self._parts(driven.acts, driven)
         self._standing.version += 1
+        self._pipeline.engine.store.journal.is_version(self._standing.version)
         self.started = True
         self.last_step_seconds = seconds
         self._remember(RoundOutcome.COMMITTED, everyone, driven, seconds=seconds)

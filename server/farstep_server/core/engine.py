@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from farstep_server.core.changes import changed_by
 from farstep_server.core.default_dtype import default_dtype
 from farstep_server.core.gradients import Gradients
 from farstep_server.core.means import Means
@@ -196,6 +197,8 @@ class Engine:
             self._proven.clear()
         signature = _signature(gradients)
         undo = None if self._goes_through(signature, gradients, edits) else self.undo()
+        journal = self.store.journal
+        writes = journal.writes
         try:
             changed = self._step(gradients, edits, edited, settings, lr_divisor)
         except Exception as error:
@@ -205,6 +208,10 @@ class Engine:
             raise StepFailedError(str(error), applied=Applied.NO) from error
         self._proven.add(signature)
         self._loaded = False
+        if signature and self.entry.trusted:
+            changes = changed_by(self.optimizer, self.layout, gradients, edited)
+            if changes is not None:
+                journal.note(writes, changes)
         return changed
 
     def _goes_through(

@@ -61,7 +61,7 @@ class Contribution(Act):
     """Gradients for a round, or the word that there are none.
 
     ``staged`` is None for an abstention and for a closure-driven step without edited parameters. ``shared``: the worker takes
-    the parameters from shared memory.
+    the parameters from shared memory. ``takes_changes``: it holds the version whole, and takes what has changed since.
     """
 
     version: int
@@ -74,6 +74,7 @@ class Contribution(Act):
     omit_parameters: bool = False
     accumulated: int = 0
     shared: bool = False
+    takes_changes: bool = False
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ class HostedOptimizer:
         self._misfits = Misfits()
         self._clock = clock
         self._standing = Standing()
+        self.engine.store.journal.is_version(self._standing.version)
         self._rounds = rounds_for(identity.policy)
         self._answers = Answers(engine, self.members, self._rounds, self._standing)
         self.decisions = Decisions(self.pipeline, self.members, self._rounds, self._answers, self._standing)

@@ -16,15 +16,16 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 from weakref import ref
 
 import torch
 from torch import Tensor
 
+from farstep_server.core.changes import Journal
 from farstep_server.core.narrowed import NarrowCopies, NarrowReading, Spare
 from farstep_wire.copying import join_bytes
 from farstep_wire.errors import FarstepError
@@ -68,7 +69,7 @@ class ParameterReader:
         with self._lock:
             assert self._buffer is not None, "read after its end"
             if self._narrowing is None:
-                result = join_bytes((*prefix, tensor_memory(self._buffer)[start:stop]))
+                result = join_bytes((*prefix, *self._read(self._buffer, start, stop)))
             else:
                 if self._narrowed is None:
                     self._narrowed = NarrowReading(self._narrowing, self._buffer, self._copies)
@@ -76,6 +77,9 @@ class ParameterReader:
             if stop == self.nbytes:
                 self._end()
         return result
+
+    def _read(self, buffer: Tensor, start: int, stop: int) -> Iterable[memoryview | bytes]:
+        return (tensor_memory(buffer)[start:stop],)
 
     def _end(self) -> None:
         if self._buffer is not None and self._copies is not None:
@@ -109,6 +113,9 @@ class ParameterReader:
     def open(self) -> bool:
         """Whether bytes are still to be read."""
         return self._buffer is not None
+
+
+Reader = TypeVar("Reader", bound=ParameterReader)
 
 
 class SharedArena(Protocol):
@@ -161,6 +168,7 @@ class ParameterStore:
         self._make: Callable[[int], SharedArena] | None = None
         self._onlookers: set[Onlooker] = set()
         self._waiting: Collection[Onlooker] = ()
+        self.journal = Journal(self.nbytes // 16)
 
     @property
     def nbytes(self) -> int:
@@ -244,6 +252,10 @@ class ParameterStore:
         buffer = self.host()
         reader = ParameterReader(buffer, self.layout, self._copies, holdable=self.shared is None)
         self._copies.add_reader()
+        return self.register(reader)
+
+    def register(self, reader: Reader) -> Reader:
+        """Have a reader of the parameters as they stand keep them, whatever is written meanwhile."""
         self._readers.append(ref(reader))
         return reader
 
@@ -257,6 +269,7 @@ class ParameterStore:
 
     def before_write(self) -> None:
         """Must be called before the parameters change."""
+        self.journal.writes += 1
         if self.device.type == "cpu":
             self._detach_readers()
         else:

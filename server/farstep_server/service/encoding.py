@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from farstep_server.core import events as ev
 from farstep_server.core.parameters import InSharedMemory, Parameters
+from farstep_server.core.partial import ChangedReader
 from farstep_server.core.records import Outcome
 from farstep_wire import __version__
 from farstep_wire.bundle import BundleBody
@@ -54,7 +55,20 @@ def _parameters(message: pb.Stepped | pb.Evaluate | pb.Parameters, parameters: P
     if isinstance(parameters, InSharedMemory):
         message.changes = parameters.changes
         return EMPTY
+    if isinstance(parameters, ChangedReader):
+        assert isinstance(message, pb.Stepped), "no other reply brings changes"
+        message.changed.CopyFrom(_changed(parameters))
     return parameters
+
+
+def _changed(reader: ChangedReader) -> pb.Changed:
+    plan = reader.plan
+    return pb.Changed(
+        since=reader.since,
+        whole=[number for number, _ in plan.whole],
+        in_rows=[place.number for place in plan.rows],
+        rows=[place.index.numel for place in plan.rows],
+    )
 
 
 def _stepped(reply: ev.StepReply) -> pb.Stepped:

@@ -83,7 +83,8 @@ class Request:
             message.num_samples or None,
             message.omit_parameters,
             message.accumulated,
-            message.shared,
+            message.shared or message.leaves_parameters,
+            message.takes_changes and not (message.abstain or message.closure),
         )
 
     def _accumulate(self, ticket: ev.Ticket, worker: str, message: pb.Accumulate) -> ev.Accumulate:
@@ -218,6 +219,8 @@ class Decoder:
         none = _lies_elsewhere(frame, kind)
         if kind == "contribution":
             message = frame.contribution
+            if message.takes_changes and self._formats.wire.parameters is not None:
+                raise ValueError("takes_changes in a session whose parameters are narrowed")
             edited = edited_from_proto(message.edited_parameters, layout)
             none = none or message.abstain or message.closure
             forms = {} if none else forms_from_proto(message.forms, layout)
