@@ -274,7 +274,18 @@ def _iteration(size: Size, seat: Seat, options: dict[str, Any]) -> Contender:
     return iteration(size, seat, options)
 
 
+def _table(kind: str) -> Builder:
+    def build_it(size: Size, seat: Seat, options: dict[str, Any]) -> Contender:
+        from tests.benchmarks import tables
+
+        builders = {"farstep": tables.farstep_table, "gloo": tables.gloo_table, "local": tables.local_table}
+        return builders[kind](size, seat, options)
+
+    return build_it
+
+
 _BUILDERS: dict[str, Builder] = {
     "local": _local, "floor": _floor, "farstep": _farstep, "ddp": _ddp, "gloo echo": _gloo_echo, "torch rpc": _torch_rpc,
     "bare stream": _bare_stream, "echo": _echo, "flight": _flight, "ray": _ray, "iteration": _iteration,
+    "farstep table": _table("farstep"), "gloo table": _table("gloo"), "local table": _table("local"),
 }  # fmt: skip

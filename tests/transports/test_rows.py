@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import grpc
 import pytest
 import torch
 from torch import Tensor, nn
 
-from farstep import Async, Remote, Settings, Timeouts, optim
+from farstep import Async, Remote, Settings, Timeouts, errors, optim
+from farstep_wire.frames import Body, decode, encode
+from farstep_wire.v1 import optimizer_pb2 as pb
 from tests.data_parallel.crew import Worker, crew, mean
 from tests.parity import twins
 from tests.support.proxy import Proxy
+from tests.support.raw import METHOD
 from tests.support.servers import ServerProcess
 
 WAYS = ("grpc", "pipe", "pg", "shm")
@@ -249,3 +255,95 @@ def test_narrowed_parameters_come_whole(server: ServerProcess, name: str, dtype:
         optimizer.step()
         assert optimizer.remote.step_traffic.received > TABLE_BYTES / 2
     optimizer.remote.close()
+
+
+Forge = Callable[[pb.Changed, bytearray], None]
+
+
+@contextmanager
+def forger(target: str, forge: Forge) -> Iterator[str]:
+    """Stand between a client and its server, and change the first reply that brings rows."""
+    left = [forge]
+
+    def session(messages: Iterator[bytes], context: Any) -> Iterator[bytes]:
+        replies = channel.stream_stream(METHOD, None, None)(messages)
+        context.add_callback(replies.cancel)
+        with suppress(grpc.RpcError):
+            yield from forged(replies)
+
+    def forged(replies: Iterator[bytes]) -> Iterator[bytes]:
+        for data in replies:
+            frame, payload = decode(pb.ServerFrame, data)
+            if left and frame.stepped.HasField("changed"):
+                body = bytearray(payload)
+                left.pop()(frame.stepped.changed, body)
+                frame.ClearField("payload")
+                yield from encode(frame, Body([bytes(body)]))
+            else:
+                yield data
+
+    service, _, method = METHOD[1:].partition("/")
+    handlers = {method: grpc.stream_stream_rpc_method_handler(session)}
+    pool = ThreadPoolExecutor(4)
+    between = grpc.server(pool)
+    between.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+    port = between.add_insecure_port("127.0.0.1:0")
+    with grpc.insecure_channel(target, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        between.start()
+        try:
+            yield f"127.0.0.1:{port}"
+        finally:
+            between.stop(None).wait()
+            pool.shutdown()
+    assert not left, "the reply was forged"
+
+
+def _index(place: int, value: int) -> Forge:
+    def forge(_: pb.Changed, body: bytearray) -> None:
+        body[8 * place : 8 * place + 8] = value.to_bytes(8, "little", signed=True)
+
+    return forge
+
+
+def _declared(act: Callable[[pb.Changed], object]) -> Forge:
+    def forge(changed: pb.Changed, _: bytearray) -> None:
+        act(changed)
+
+    return forge
+
+
+def _shorter(_: pb.Changed, body: bytearray) -> None:
+    del body[-64:]
+
+
+FORGERIES: dict[str, Forge] = {
+    "negative row": _index(0, -1),
+    "row beyond the end": _index(1, 1 << 40),
+    "rows that do not ascend": _index(1, 0),
+    "a row less in the bytes": _shorter,
+    "a row more": _declared(lambda changed: changed.rows.__setitem__(0, changed.rows[0] + 1)),
+    "more rows than there are": _declared(lambda changed: changed.rows.__setitem__(0, 1 << 60)),
+    "no rows": _declared(lambda changed: changed.rows.__setitem__(0, 0)),
+    "a parameter that there is not": _declared(lambda changed: changed.in_rows.__setitem__(1, 7)),
+    "a parameter twice": _declared(lambda changed: changed.in_rows.__setitem__(1, 0)),
+    "a parameter whole as well": _declared(lambda changed: changed.whole.append(0)),
+    "no counts": _declared(lambda changed: changed.rows.pop()),
+    "another version": _declared(lambda changed: setattr(changed, "since", changed.since + 1)),
+}
+
+
+@pytest.mark.parametrize("forgery", sorted(FORGERIES))
+def test_malformed_rows(server: ServerProcess, name: str, forgery: str) -> None:
+    with forger(server.address, FORGERIES[forgery]) as address:
+        pair = Pair(_remote(address, name))
+        before = [parameter.detach().clone() for parameter in pair.own]
+        give(pair.own, given(pair.own, 0))
+        with pytest.raises(errors.InternalError):
+            pair.optimizer.step()
+        twins.assert_same_parameters(pair.own, before, "nothing was written")
+        give(pair.local, given(pair.local, 0))
+        pair.torchs.step()
+        assert pair.optimizer.remote.pull() == 1, "the step was made"
+        twins.assert_same_parameters(pair.own, pair.local, "pulled")
+        assert pair.step(1) < TABLE_BYTES / 20
+        pair.close()
