@@ -82,15 +82,17 @@ class Remote:
         timeouts: how long to wait for what.
         retry: pauses between attempts to connect.
         detect_edits: compare every parameter's bits before each step, so that edits through ``p.data`` are seen too. Without
-            it only edits that torch itself records are seen (``p.copy_``, ``load_state_dict``). Parameters that lie in the
-            server's pages, as they do over shared memory under Sync, need no comparison: edits are always seen.
+            it only edits that torch itself records are seen (``p.copy_``, ``load_state_dict``), and others stay where a reply
+            brings only what has changed. Parameters that lie in the server's pages, as they do over shared memory under Sync,
+            need no comparison: edits are always seen.
         settings: what the server does around each step (clipping, non-finite guard, average); None leaves it as it is on the
             server, or as torch does it.
         adopt_parameters: with shared memory, have the parameters lie in the server's own memory, so that nothing is copied
             back. A change that is made to them on one worker then is one for the server and all workers at once. Sync only.
         wire_dtype: how float32 tensors are made smaller for the way: ``"bfloat16"`` or ``"float16"`` (or the torch dtype) in
             both directions, ``"int8"`` or ``"topk"`` for gradients, or a ``farstep.Wire(...)`` that says it for each direction.
-            The server's own stay float32. Such tensors travel over gRPC. None: as they are, bit for bit.
+            The server's own stay float32. Such tensors travel over gRPC, narrowed parameters always whole, not in rows.
+            None: as they are, bit for bit.
         overlap: have gradients leave during ``backward`` and parameters come in during the next ``forward``; see
             ``opt.remote.overlap``.
         token, tls: no server of this release takes them; anything but None is a ConfigurationError.

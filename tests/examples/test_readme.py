@@ -76,9 +76,15 @@ def test_fewer_bytes(readme_server: ServerProcess) -> None:
     assert int(found[2]) < 0.6 * 4 * 100_100
 
 
+def test_rows(readme_server: ServerProcess) -> None:
+    found = re.fullmatch(r"Traffic\(sent=(\d+), received=(\d+)\)\n", _run(BLOCKS[8], readme_server))
+    assert found
+    assert max(map(int, found.groups())) < 20_000
+
+
 def test_process_groups(readme_server: ServerProcess) -> None:
-    assert _run(BLOCKS[8], readme_server) == "pg\n"
+    assert _run(BLOCKS[9], readme_server) == "pg\n"
 
 
 def test_there_are_no_other_blocks() -> None:
-    assert len(BLOCKS) == README.count("```python") == 9
+    assert len(BLOCKS) == README.count("```python") == 10

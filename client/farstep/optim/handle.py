@@ -86,6 +86,7 @@ class RemoteHandle:
     def step_traffic(self) -> Traffic:
         """Bytes sent and received in the last ``step``, closure evaluations and reconnects in it included; asks nobody.
 
+        Of sparse gradients only the rows are sent, and only rows come back, where the step has changed no others.
         With ``overlap`` what left before it and what came in after it is not among them; ``traffic`` has that too.
         """
         return self._optimizer._farstep.step_traffic
