@@ -71,7 +71,7 @@ class Attachment:
         self._driving = False
         self._holds_average = False
         self._torn = False
-        self._held: tuple[int, int] | None = None
+        self._held: tuple[int, int, int] | None = None
         self._takes_changes = False
         self._tried: View | None = None
         self._lanes = Lanes(remote, self.address)
@@ -215,14 +215,17 @@ class Attachment:
         return self.binding.changed_sink(changed, frame.total_bytes)
 
     def _holds_standing(self) -> None:
-        """The parameters are those of the version that this worker stands at, bit for bit, but for edits of its own."""
-        self._held = self.link.standing.incarnation, self.link.standing.version
+        """The parameters are those of the version that this worker stands at, bit for bit, but for edits of its own.
+
+        By the stream's word: a server that was started again from a snapshot may since have made another version of that number.
+        """
+        self._held = self.link.standing.incarnation, self.link.standing.version, self.link.streams
 
     def _knows_all(self, but: Sequence[int]) -> bool:
         """Whether what has changed since this worker's version is all that it needs, ``but`` being what it has edited."""
         link = self.link
         holds = not self._torn and not link.broken_arrival
-        holds = holds and self._held == (link.standing.incarnation, link.standing.version)
+        holds = holds and self._held == (link.standing.incarnation, link.standing.version, link.streams)
         return holds and link.lane is None and self.binding.takes_changes(but)
 
     def _pull(self) -> None:

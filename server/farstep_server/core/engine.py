@@ -198,7 +198,8 @@ class Engine:
         signature = _signature(gradients)
         undo = None if self._goes_through(signature, gradients, edits) else self.undo()
         journal = self.store.journal
-        writes = journal.writes
+        # In shared memory workers may have adopted the arena, and write to it themselves.
+        writes, alone = journal.writes, self.store.shared is None
         try:
             changed = self._step(gradients, edits, edited, settings, lr_divisor)
         except Exception as error:
@@ -208,7 +209,7 @@ class Engine:
             raise StepFailedError(str(error), applied=Applied.NO) from error
         self._proven.add(signature)
         self._loaded = False
-        if signature and self.entry.trusted:
+        if signature and self.entry.trusted and alone:
             changes = changed_by(self.optimizer, self.layout, gradients, edited)
             if changes is not None:
                 journal.note(writes, changes)
