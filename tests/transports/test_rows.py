@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -20,7 +21,7 @@ from tests.data_parallel.crew import Worker, crew, mean
 from tests.parity import twins
 from tests.support.proxy import Proxy
 from tests.support.raw import METHOD
-from tests.support.servers import ServerProcess
+from tests.support.servers import ServerProcess, Servers
 
 WAYS = ("grpc", "pipe", "pg", "shm")
 ROWS, WIDTH = 4000, 16
@@ -224,6 +225,28 @@ def test_cut_in_the_middle(server: ServerProcess, name: str, fault: Any) -> None
         assert proxy.fired[fault] == 3
         assert pair.step(4) < TABLE_BYTES / 20
         pair.close()
+
+
+def test_a_server_that_was_set_back(servers: Servers, tmp_path: Path, name: str) -> None:
+    server = servers("--data-dir", str(tmp_path))
+    first = Pair(_remote(server.address, name, policy=Async(), worker=0))
+    first.step(0)
+    first.optimizer.remote.checkpoint()
+    first.step(1)
+    server.process.kill()
+    server.join()
+    server.start()
+    params = table()
+    second: Any = optim.SGD(params, lr=0.1, remote=_remote(server.address, name, policy=Async(), worker=1))
+    give(params, given(params, 2))
+    second.step()
+    assert second.remote.version == first.optimizer.remote.version == 2, "of other rows"
+    give(first.own, given(first.own, 3))
+    first.optimizer.step()
+    second.remote.pull()
+    twins.assert_same_parameters(first.own, params, "what the server has by now")
+    first.close()
+    second.remote.close()
 
 
 def test_overlap(server: ServerProcess, name: str) -> None:

@@ -217,7 +217,7 @@ class Attachment:
     def _holds_standing(self) -> None:
         """The parameters are those of the version that this worker stands at, bit for bit, but for edits of its own.
 
-        By the stream's word: a server that was started again from a snapshot may since have made another version of that number.
+        By the stream's word: a server that was started again from a snapshot may have made another version of that number.
         """
         self._held = self.link.standing.incarnation, self.link.standing.version, self.link.streams
 
