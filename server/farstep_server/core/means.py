@@ -17,9 +17,9 @@ from torch import Tensor
 from farstep_server.core.gradients import Gradients
 from farstep_wire.layout import Layout, align
 
-_LEAST_BYTES, _MOST_BYTES = 512 * 1024, 4 * 1024 * 1024
-_SHARES = 4
-"""So many slices for each of the threads that share them, at least: they are through at nearly the same time."""
+_LEAST_BYTES, _MOST_BYTES = 2 * 1024 * 1024, 8 * 1024 * 1024
+_SHARES = 2
+"""A slice is at most so small a part of what each thread has still to do: they are through at nearly the same time."""
 
 Term = tuple[Tensor, bool, float | None]
 """A gradient, whether it is borrowed, and its weight, None where all count alike."""
@@ -35,11 +35,13 @@ class Slices:
         self.layout = layout
         self.overlap = any(parameter.storage for parameter in layout.parameters)
         """Whether parameters share memory, so that their order matters."""
-        most = max(_LEAST_BYTES, min(_MOST_BYTES, layout.gradients.nbytes // (_SHARES * at_once)))
+        rest = layout.gradients.nbytes
+        most = _slice_bytes(rest, at_once)
         runs: list[tuple[range, int]] = []
         for index, spec in enumerate(layout.specs):
             size = align(spec.nbytes)
-            if runs and runs[-1][1] + size <= most:
+            rest -= size
+            if runs and runs[-1][1] + size <= _slice_bytes(rest, at_once):
                 (run, before) = runs[-1]
                 runs[-1] = range(run.start, index + 1), before + size
             else:
@@ -74,6 +76,23 @@ class Slices:
         return result
 
 
+def _lie_alike(columns: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether each column's tensors lie in one storage, and in all columns at the same distances."""
+    distances = []
+    for column in columns:
+        first, last = column[0], column[-1]
+        if first.untyped_storage().data_ptr() != last.untyped_storage().data_ptr():
+            return False
+        start = first.data_ptr()
+        distances.append([tensor.data_ptr() - start for tensor in column])
+    return all(other == distances[0] for other in distances[1:])
+
+
+def _slice_bytes(rest: int, at_once: int) -> int:
+    """Return how large a slice may be where so many bytes are still to come (guided self-scheduling, Polychronopoulos 1987)."""
+    return max(_LEAST_BYTES, min(_MOST_BYTES, rest // (_SHARES * at_once)))
+
+
 @dataclass(frozen=True)
 class Means:
     """A mean that is not made yet. ``begun``: the sum of what came before the terms, which is read and never written.
@@ -100,7 +119,24 @@ class Means:
         if self.divisor == 1.0 and self.counts:
             return [self.terms[number][0][0] if self.terms[number] else None for number in run]
         views = self.slices.views(run, place)
-        return [self._one(number, view, divided) for number, view in zip(run, views, strict=True)]
+        if not self._at_once(run, views, divided):
+            return [self._one(number, view, divided) for number, view in zip(run, views, strict=True)]
+        return list(views)
+
+    def _at_once(self, run: range, views: list[Tensor], divided: bool) -> bool:
+        """Make a run's gradients in one operation where they lie alike, in one piece; False where they do not."""
+        count = len(self.terms[run.start])
+        rows = [[tensor for tensor, _, share in self.terms[number] if share is None] for number in run]
+        whole = all(self.begun[number] is None for number in run) and all(len(row) == count for row in rows)
+        if count < 2 or not whole or any(view.dtype != views[0].dtype for view in views):
+            return False
+        columns = [views, *([row[part] for row in rows] for part in range(count))]
+        if not _lie_alike(columns):
+            return False
+        size = (views[-1].data_ptr() - views[0].data_ptr()) // views[0].element_size() + views[-1].numel()
+        target, *pieces = (torch.as_strided(column[0], (size,), (1,)) for column in columns)
+        _into(target, None, [(piece, True, None) for piece in pieces], self.divisor if divided else None)
+        return True
 
     def again(self, number: int) -> Tensor | None:
         """Return one parameter's mean, of the workers' gradients as they lie there by now."""
