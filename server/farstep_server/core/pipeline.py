@@ -21,7 +21,7 @@ from farstep_server.core.records import Dump
 from farstep_server.core.reduction import Part, Reducer
 from farstep_server.core.rounds import weights
 from farstep_server.core.schedules import Schedules
-from farstep_server.core.sliced import is_fused
+from farstep_server.core.sliced import is_fused, steps_each_alone
 from farstep_wire.errors import Applied, InvalidRequestError, NonFiniteError, NotFoundError
 from farstep_wire.layout import Layout
 from farstep_wire.settings import Settings
@@ -69,7 +69,8 @@ class Pipeline:
         settings, engine = self.settings, self.engine
         looks = settings.clip_grad_norm is not None or settings.clip_grad_value is not None
         looks = looks or settings.non_finite != "allow"
-        return engine.entry.trusted and not looks and engine.store.nbytes >= _WORTHWHILE_BYTES
+        worthwhile = engine.store.nbytes >= _WORTHWHILE_BYTES
+        return engine.entry.trusted and not looks and worthwhile and steps_each_alone(engine.optimizer)
 
     def begin(self, acts: Sequence[Contribution]) -> None:
         """Begin to reduce what the first workers of a round have handed in, while it waits for the others."""

@@ -54,6 +54,17 @@ def step_in_slices(optimizer: Optimizer, step: Step, tensors: Sequence[Tensor], 
             threads.share(slices.together, lambda run, place: one(run, place, bare_step(_part(optimizer, run))))
 
 
+def steps_each_alone(optimizer: Optimizer) -> bool:
+    """Whether what a step does to one parameter is independent of the others, for torch's own classes.
+
+    Adafactor chooses its eps1, where none is given, by the dtype of the first parameter that it comes to, for all of them.
+    """
+    if type(optimizer) is not torch.optim.Adafactor:
+        return True
+    dtypes = {tensor.dtype for group in optimizer.param_groups for tensor in group["params"]}
+    return len(dtypes) == 1
+
+
 def is_fused(optimizer: Optimizer) -> bool:
     """Whether torch's fused kernels step, which divide a gradient as they read it: by ``grad_scale``, as for mixed precision.
 
