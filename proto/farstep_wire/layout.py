@@ -224,6 +224,11 @@ class Layout:
         pieces = tuple(((spec, offset),) for spec, offset in zip(self.specs, self.gradients.offsets, strict=True))
         return GradientPlan({}, pieces, (), self.gradients.nbytes)
 
+    @cached_property
+    def bare_plan(self) -> GradientPlan:
+        """The plan of a contribution that brings neither gradients nor edited parameters."""
+        return GradientPlan({}, tuple(() for _ in self.parameters), (), 0)
+
     def views(self, buffer: Tensor) -> list[Tensor]:
         """Return the parameters that lie in a uint8 buffer of ``arena.nbytes`` bytes."""
         return [spec.view(buffer, offset) for spec, offset in zip(self.specs, self.arena.offsets, strict=True)]
@@ -286,13 +291,18 @@ class GradientPlan:
     edited: tuple[tuple[int, TensorSpec, int], ...]
     nbytes: int
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether no gradient is sparse."""
+        return not any(isinstance(form, SparseForm) for form in self.forms.values())
+
 
 def plan_gradients(
     layout: Layout, forms: dict[int, GradientForm], edited: Sequence[int] = (), *, no_gradients: bool = False
 ) -> GradientPlan:
     """Lay out a contribution's bytes; ValueError names the parameter whose form does not fit it."""
-    if not forms and not edited and not no_gradients:
-        return layout.dense_plan
+    if not forms and not edited:
+        return layout.bare_plan if no_gradients else layout.dense_plan
     parts: list[list[TensorSpec]] = []
     for index, parameter in enumerate(layout.parameters):
         if no_gradients or (index in forms and forms[index] is None):

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import Parameter
 
 from farstep import Async, Remote, Sync, Timeouts, errors, optim
 from farstep.inspection import connect
-from farstep.transports import views
+from farstep.transports import pages
 from farstep_wire.address import parse_address
 from farstep_wire.shared_memory import SharedMemoryError
 from tests.parity import twins
@@ -171,14 +170,21 @@ def test_each_has_a_storage_of_its_own(server: ServerProcess, name: str) -> None
     twins.assert_same_parameters(views_of_them, pair.both[1], "seen through views")
 
 
+def test_a_kernel_that_does_not_list_what_was_written(
+    server: ServerProcess, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages, "_SCAN", 0)  # as refused as an ioctl that there is not
+    test_every_edit_is_seen_and_nothing_else(server, name)
+
+
 @pytest.mark.parametrize("transport", ["auto", "shm"])
 def test_a_kernel_that_does_not_tell_what_was_written(
     server: ServerProcess, name: str, monkeypatch: pytest.MonkeyPatch, transport: str
 ) -> None:
-    def copied(first: int, count: int) -> Tensor:
-        raise SharedMemoryError(f"{first}, {count}")
+    def opened() -> int:
+        raise SharedMemoryError("not to be had")
 
-    monkeypatch.setattr(views, "_copied", copied)
+    monkeypatch.setattr(pages, "_open_pagemap", opened)
     pair = Pair(server, name, transport=transport)
     for edit in (_clamp, _one_bit, _elsewhere):
         pair.each(edit)
@@ -232,6 +238,7 @@ def test_who_gave_up_waiting_keeps_what_there_was(server: ServerProcess, name: s
     own[1].step()
     assert not torch.equal(params[1][0], kept[0])
     twins.assert_same_parameters(params[0], kept, "the step was made without this worker looking")
+    params[0][2].data.fill_(9.0)
     own[0].remote.pull()
     twins.assert_same_parameters(*params, "pulled")
     for optimizer in own:

@@ -7,6 +7,7 @@ layout) goes through a CPU tensor in the layout's own strides, one copy more.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -244,6 +245,10 @@ class Binding:
             return []
         self._look()
         return self._edits.changed() if self.view is None else self.view.edited()
+
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """Until this ends none but this package runs; see View."""
+        return nullcontext() if self.view is None else self.view.undisturbed()
 
     def load(self, edited: Sequence[int] = ()) -> Load:
         """Return the gradients and the edited parameters as a contribution brings them.

@@ -58,6 +58,10 @@ class Session(Holdings):
 
     def step(self, groups: Groups, *, num_samples: float | None = None, abstain: bool = False) -> StepResult:
         """Contribute the gradients as they stand, or abstain, and take over the new parameters."""
+        with self.binding.undisturbed():
+            return self._step(groups, num_samples, abstain=abstain)
+
+    def _step(self, groups: Groups, num_samples: float | None, *, abstain: bool) -> StepResult:
         self._groups = groups
         edits = self._options.edits(groups)
         edited: list[int] = []

@@ -12,21 +12,21 @@ where they are.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import time
 import weakref
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from farstep.transports.pages import PAGE_BYTES, Pages
 from farstep_wire.layout import Layout, TensorSpec
-from farstep_wire.shared_memory import HEADER_BYTES, PrivateSegment, SharedMemoryError, tensor_at
+from farstep_wire.shared_memory import PrivateSegment, SharedMemoryError, tensor_at
 from farstep_wire.values import memory, uses
 
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-_MADV_DONTNEED, _MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 4, 22, 23
 _COMPLETE_SECONDS = 5.0
 """How long a step of the server's that is under way may take to end, before what lies here is taken for a mixture."""
 
@@ -41,13 +41,17 @@ class View:
         self._specs = layout.specs
         self._offsets = layout.arena.offsets
         self._segment = segment
-        self._pages = _Pages(segment)
+        self._pages = Pages(segment)
         self._arena = [spec.view(segment.content, offset) for spec, offset in self._spots]
         self._pointers = [self._pages.address + offset for offset in self._offsets]
         ends = [offset + max(spec.nbytes, 1) for spec, offset in self._spots]
-        self._first = torch.tensor([self._pages.number(offset) for offset in self._offsets], dtype=torch.int64)
-        self._behind = torch.tensor([self._pages.number(end - 1) + 1 for end in ends], dtype=torch.int64)
+        self._own_pages = [
+            (self._pages.number(offset), self._pages.number(end - 1) + 1)
+            for offset, end in zip(self._offsets, ends, strict=True)
+        ]
         self._changes = -1
+        self._undisturbed = False
+        self._untouched = False
         self.inside = False
         """Whether the parameters are the server's pages just now."""
 
@@ -77,11 +81,28 @@ class View:
     def edited(self) -> list[int]:
         """Return the parameters whose bytes are not those of the server's."""
         copied = self._pages.copied()
-        within = torch.zeros(len(copied) + 1, dtype=torch.int64)
-        torch.cumsum(copied, 0, out=within[1:])
-        suspects = set((within[self._behind] > within[self._first]).nonzero().flatten().tolist())
-        suspects.update(self._displaced())
+        self._untouched = self._undisturbed and not copied
+        suspects = {*self._written(copied), *self._displaced()}
         return sorted(number for number in suspects if self._differs(number))
+
+    def _written(self, copied: Sequence[tuple[int, int]]) -> list[int]:
+        """Return the parameters that some of the pages belong to."""
+        starts = [start for start, _ in copied]
+        result = []
+        for number, (first, behind) in enumerate(self._own_pages):
+            before = bisect_left(starts, behind)
+            if before and copied[before - 1][1] > first:
+                result.append(number)
+        return result
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Until this ends none but this package runs: pages that nobody had written to by then need not be searched again."""
+        self._undisturbed = True
+        try:
+            yield
+        finally:
+            self._undisturbed = self._untouched = False
 
     def settle(self, changes: int) -> bool:
         """Take over the server's parameters; False where they are not those after that many changes."""
@@ -98,7 +119,8 @@ class View:
             self._show()
 
     def _show(self) -> None:
-        self._pages.reset()
+        if not self._untouched:
+            self._pages.reset()
         with torch.no_grad():
             for number in self._displaced():
                 self._tensors[number].copy_(self._arena[number])
@@ -115,10 +137,11 @@ class View:
         if own.device.type != "cpu" or own.stride() != theirs.stride():
             own = torch.empty_like(theirs).copy_(own)
         size = self._specs[number].nbytes
-        return memory(own, size) != memory(theirs, size) if size < _PAGE_BYTES else not _same_bits(own, theirs)
+        return memory(own, size) != memory(theirs, size) if size < PAGE_BYTES else not _same_bits(own, theirs)
 
     def keep(self) -> None:
         """Make every page a copy; those of a step that is under way when it is complete."""
+        self._untouched = False
         if self.inside:
             until = time.monotonic() + _COMPLETE_SECONDS
             while (
@@ -141,84 +164,6 @@ def _is_free(tensor: Tensor) -> bool:
         return False
     storage = tensor.untyped_storage()
     return uses(storage) <= 1 and storage.filename is None
-
-
-class _Pages:
-    """The pages of a private mapping's content."""
-
-    def __init__(self, segment: PrivateSegment) -> None:
-        self._memory = segment.own
-        self.address = ctypes.addressof(segment.own) + HEADER_BYTES
-        self._first = self.address // _PAGE_BYTES
-        self._count = self.number(max(segment.nbytes, 1) - 1) + 1
-        libc = ctypes.CDLL(None, use_errno=True)
-        self._advise = libc.madvise
-        self._advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        self._check()
-
-    def _check(self) -> None:
-        """SharedMemoryError where the kernel does not tell which pages are copies."""
-        header = torch.frombuffer(self._memory, dtype=torch.uint8, count=1)
-        header.add_(0)
-        if not bool(_copied(ctypes.addressof(self._memory) // _PAGE_BYTES, 1)) or (
-            HEADER_BYTES % _PAGE_BYTES == 0 and bool(self.copied().any())
-        ):
-            raise SharedMemoryError("the kernel does not tell which pages were written")
-
-    def number(self, offset: int) -> int:
-        """Return which page a byte of the content lies in."""
-        return (self.address + offset) // _PAGE_BYTES - self._first
-
-    def copied(self) -> Tensor:
-        """Return, for each page, whether it is a copy (bool)."""
-        return _copied(self._first, self._count)
-
-    def populate(self) -> None:
-        """Have the pages mapped before they are read, if the kernel can."""
-        self._advise(self._first * _PAGE_BYTES, self._count * _PAGE_BYTES, _MADV_POPULATE_READ)
-
-    def reset(self) -> None:
-        """Have no page be a copy."""
-        for start, stop in _runs(self.copied()):
-            self._advise((self._first + start) * _PAGE_BYTES, (stop - start) * _PAGE_BYTES, _MADV_DONTNEED)
-
-    def keep(self) -> None:
-        """Make every page a copy."""
-        if bool(self.copied().all()):
-            return
-        if self._advise(self._first * _PAGE_BYTES, self._count * _PAGE_BYTES, _MADV_POPULATE_WRITE):
-            size = len(self._memory) - HEADER_BYTES
-            content = torch.frombuffer(self._memory, dtype=torch.uint8, count=size, offset=HEADER_BYTES)
-            content[::_PAGE_BYTES].add_(0)
-            content[-1:].add_(0)
-
-
-def _copied(first: int, count: int) -> Tensor:
-    """Return which of so many pages are this process's own: in memory or swap, and not of a file; see proc_pid_pagemap(5)."""
-    entries = bytearray(8 * count)
-    try:
-        descriptor = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            read = os.preadv(descriptor, [entries], 8 * first)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise SharedMemoryError(f"/proc/self/pagemap cannot be read: {error.strerror}") from None
-    if read != len(entries):
-        raise SharedMemoryError("/proc/self/pagemap says too little")
-    bits = (torch.frombuffer(entries, dtype=torch.int64) >> 61) & 7
-    return (bits & 6).bool() & ~(bits & 1).bool()
-
-
-def _runs(flags: Tensor) -> list[tuple[int, int]]:
-    """Return the runs of what is true, as beginning and end."""
-    if not bool(flags.any()):
-        return []
-    edges = torch.diff(
-        flags.to(torch.int8), prepend=torch.zeros(1, dtype=torch.int8), append=torch.zeros(1, dtype=torch.int8)
-    )
-    starts, stops = (edges == 1).nonzero().flatten().tolist(), (edges == -1).nonzero().flatten().tolist()
-    return list(zip(starts, stops, strict=True))
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:

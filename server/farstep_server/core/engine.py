@@ -245,7 +245,8 @@ class Engine:
             return self._run_in_slices(gradients) if isinstance(gradients, Means) else self._run()
 
     def _run_in_slices(self, means: Means) -> GroupEdits:
-        self.set_gradients([None] * len(self.store.tensors))
+        if self._means is None:
+            self.set_gradients([None] * len(self.store.tensors))
         self._means = means
         state_is_there = not self._loaded and _signature(means) in self._proven
         with default_dtype(self.scalar_dtype):
@@ -280,7 +281,7 @@ def _divided_lr(optimizer: Optimizer, divisor: int) -> Iterator[None]:
 def _signature(gradients: Gradients | Means) -> frozenset[tuple[int, str]]:
     """Return which gradients are absent or sparse."""
     if isinstance(gradients, Means):
-        return frozenset((number, "absent") for number in range(len(gradients.terms)) if gradients.absent(number))
+        return frozenset((number, "absent") for number in gradients.absent_ones)
     return frozenset(
         (index, "absent" if gradient is None else "sparse")
         for index, gradient in enumerate(gradients)

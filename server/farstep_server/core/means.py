@@ -10,6 +10,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,37 +19,52 @@ from torch import Tensor
 from farstep_server.core.gradients import Gradients
 from farstep_wire.layout import Layout, align
 
-_LEAST_BYTES, _MOST_BYTES = 2 * 1024 * 1024, 8 * 1024 * 1024
-_SHARES = 2
+_LEAST_BYTES, _MOST_BYTES = 4 * 1024 * 1024, 8 * 1024 * 1024
+_MOST_AS_THEY_ARE_BYTES = 32 * 1024 * 1024
+"""Where there is nothing to be made that should stay in the cache."""
+_SHARES = 1.25
 """A slice is at most so small a part of what each thread has still to do: they are through at nearly the same time."""
 
 Term = tuple[Tensor, bool, float | None]
 """A gradient, whether it is borrowed, and its weight, None where all count alike."""
 
 
+@dataclass(frozen=True)
+class Column:
+    """One worker's gradients, whether they are borrowed, and their weight, None where all count alike."""
+
+    gradients: Gradients
+    borrowed: bool
+    share: float | None
+
+
 class Slices:
     """Runs of a layout's parameters whose gradients are made together, and memory for that: for so many at the same time.
 
     ``alone``: the runs of one parameter that is larger than a slice; there is memory for one of them at a time.
+    ``as_they_are``: for one worker's gradients, which are not made, and take no memory.
     """
 
-    def __init__(self, layout: Layout, at_once: int) -> None:
+    def __init__(self, layout: Layout, at_once: int, *, as_they_are: bool = False) -> None:
         self.layout = layout
+        self._most = _MOST_AS_THEY_ARE_BYTES if as_they_are else _MOST_BYTES
         self.overlap = any(parameter.storage for parameter in layout.parameters)
         """Whether parameters share memory, so that their order matters."""
         rest = layout.gradients.nbytes
-        most = _slice_bytes(rest, at_once)
+        most = self._slice_bytes(rest, at_once)
         runs: list[tuple[range, int]] = []
         for index, spec in enumerate(layout.specs):
             size = align(spec.nbytes)
             rest -= size
-            if runs and runs[-1][1] + size <= _slice_bytes(rest, at_once):
+            if runs and runs[-1][1] + size <= self._slice_bytes(rest, at_once):
                 (run, before) = runs[-1]
                 runs[-1] = range(run.start, index + 1), before + size
             else:
                 runs.append((range(index, index + 1), size))
         self.alone = tuple(run for run, size in runs if size > most)
         self.together = tuple(run for run, size in runs if size <= most)
+        if as_they_are:
+            return
         buffers = [
             torch.empty(max((size for _, size in runs if place == 0 or size <= most), default=0), dtype=torch.uint8)
             for place in range(at_once)
@@ -56,6 +73,10 @@ class Slices:
             self._in(buffer, self.together if place else [run for run, _ in runs])
             for place, buffer in enumerate(buffers)
         ]
+
+    def _slice_bytes(self, rest: int, at_once: int) -> int:
+        """Return how large a slice may be where so many bytes are to come (guided self-scheduling, Polychronopoulos 1987)."""
+        return max(_LEAST_BYTES, min(self._most, int(rest / (_SHARES * at_once))))
 
     @property
     def runs(self) -> tuple[range, ...]:
@@ -88,28 +109,40 @@ def _lie_alike(columns: Sequence[Sequence[Tensor]]) -> bool:
     return all(other == distances[0] for other in distances[1:])
 
 
-def _slice_bytes(rest: int, at_once: int) -> int:
-    """Return how large a slice may be where so many bytes are still to come (guided self-scheduling, Polychronopoulos 1987)."""
-    return max(_LEAST_BYTES, min(_MOST_BYTES, rest // (_SHARES * at_once)))
-
-
 @dataclass(frozen=True)
 class Means:
-    """A mean that is not made yet. ``begun``: the sum of what came before the terms, which is read and never written.
+    """A mean that is not made yet. ``begun``: the sum of what came before the columns, which is read and never written.
 
     ``divisor``: what the sums are divided by, the number of workers or their weights' sum.
     """
 
     slices: Slices
-    begun: Gradients
-    terms: list[list[Term]]
+    begun: Gradients | None
+    columns: Sequence[Column]
     divisor: float
     counts: bool = field(default=True)
     """Whether the divisor is a number of workers, exact in any floating-point dtype."""
 
     def absent(self, number: int) -> bool:
         """Whether no worker has a gradient for a parameter."""
-        return not self.terms[number] and self.begun[number] is None
+        return number in self.absent_ones
+
+    @cached_property
+    def absent_ones(self) -> frozenset[int]:
+        """The parameters for which no worker has a gradient."""
+        rows = [column.gradients for column in self.columns] + ([] if self.begun is None else [self.begun])
+        numbers = [number for number, gradient in enumerate(rows[0]) if gradient is None] if rows else []
+        return frozenset(number for number in numbers if all(row[number] is None for row in rows[1:]))
+
+    @cached_property
+    def _whole(self) -> bool:
+        """Whether the sums are those of some workers' gradients alone, of every parameter, and all count alike."""
+        return (
+            self.begun is None
+            and len(self.columns) > 1
+            and all(column.share is None for column in self.columns)
+            and not any(gradient is None for column in self.columns for gradient in column.gradients)
+        )
 
     def make(self, run: range, place: int = 0, *, divided: bool = True) -> Gradients:
         """Return a run's gradients; those made at this place before are then gone. Not ``divided``: the sums.
@@ -117,20 +150,17 @@ class Means:
         One worker's gradients are returned as they are.
         """
         if self.divisor == 1.0 and self.counts:
-            return [self.terms[number][0][0] if self.terms[number] else None for number in run]
+            return self.columns[0].gradients[run.start : run.stop]
         views = self.slices.views(run, place)
-        if not self._at_once(run, views, divided):
+        if not (self._whole and self._at_once(run, views, divided)):
             return [self._one(number, view, divided) for number, view in zip(run, views, strict=True)]
         return list(views)
 
     def _at_once(self, run: range, views: list[Tensor], divided: bool) -> bool:
         """Make a run's gradients in one operation where they lie alike, in one piece; False where they do not."""
-        count = len(self.terms[run.start])
-        rows = [[tensor for tensor, _, share in self.terms[number] if share is None] for number in run]
-        whole = all(self.begun[number] is None for number in run) and all(len(row) == count for row in rows)
-        if count < 2 or not whole or any(view.dtype != views[0].dtype for view in views):
+        if any(view.dtype != views[0].dtype for view in views):
             return False
-        columns = [views, *([row[part] for row in rows] for part in range(count))]
+        columns: list[Any] = [views, *(column.gradients[run.start : run.stop] for column in self.columns)]
         if not _lie_alike(columns):
             return False
         size = (views[-1].data_ptr() - views[0].data_ptr()) // views[0].element_size() + views[-1].numel()
@@ -147,7 +177,13 @@ class Means:
         if self.absent(number):
             return None
         divisor = self.divisor if divided else None
-        return blockwise(target, self.begun[number], self.terms[number], target.stride(), divisor)
+        begun = None if self.begun is None else self.begun[number]
+        terms = [
+            (gradient, column.borrowed, column.share)
+            for column in self.columns
+            if (gradient := column.gradients[number]) is not None
+        ]
+        return blockwise(target, begun, terms, target.stride(), divisor)
 
 
 _BLOCK_BYTES = 1024 * 1024

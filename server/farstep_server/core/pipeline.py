@@ -85,8 +85,8 @@ class Pipeline:
     def part(self, staged: Staged) -> tuple[Part, dict[int, Tensor]]:
         """Return a worker's part in a round and the parameters that were edited there."""
         gradients, edited = materialize(staged, self.engine.layout, self.engine.store.device)
-        borrowed = staged.borrowed and self.engine.store.device.type == "cpu"
-        return Part(gradients, borrowed, staged), edited
+        on_cpu = self.engine.store.device.type == "cpu"
+        return Part(gradients, staged.borrowed and on_cpu, staged, staged.plan.is_dense and on_cpu), edited
 
     def reduce(self, parts: Mapping[str, Part], shares: Sequence[float] | None, *, guarded: bool = True) -> Gradients:
         """Return the mean of the workers' gradients, in the order given.

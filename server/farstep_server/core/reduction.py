@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farstep_server.core.gradients import Gradients, accumulate
-from farstep_server.core.means import Means, Slices, Term, blockwise
+from farstep_server.core.gradients import Gradients, Staged, accumulate
+from farstep_server.core.means import Column, Means, Slices, Term, blockwise
 from farstep_server.core.team import team
 from farstep_wire.errors import Applied, MismatchError
 from farstep_wire.layout import Layout
@@ -31,12 +31,13 @@ class Part:
     """One worker's gradients in a round.
 
     ``borrowed``: they lie in its own memory and must not be written. ``source``: what they came in, by which they are known
-    again.
+    again. ``dense``: all of them are, and lie on the CPU.
     """
 
     gradients: Gradients
     borrowed: bool = False
-    source: object = None
+    source: Staged | None = None
+    dense: bool = False
 
 
 class _Memory:
@@ -58,7 +59,7 @@ class Reducer:
 
     def __init__(self, *, keep_last: bool) -> None:
         self._memories: list[_Memory | None] = [None, None] if keep_last else [None]
-        self._slices: Slices | None = None
+        self._slices: dict[bool, Slices] = {}
         self._begun: list[tuple[object, float | None]] = []
         self._sums: Gradients = []
 
@@ -108,17 +109,25 @@ class Reducer:
             return None
         if len(parts) == 1:
             weights = None
-        if self._slices is None or self._slices.layout is not layout:
-            threads = team()
-            self._slices = Slices(layout, 1 if threads is None else threads.size)
         keys = _keys(parts, weights)
         done = self._done_of(keys)
-        begun: Gradients = self._sums if done else [None] * len(layout.parameters)
-        terms = [_terms(parts[done:], keys[done:], number) for number in range(len(layout.parameters))]
+        begun = self._sums if done else None
+        columns = [
+            Column(part.gradients, part.borrowed, share)
+            for part, (_, share) in zip(parts[done:], keys[done:], strict=True)
+        ]
         self.forget()
         self._memories.reverse()
         total = float(len(parts)) if weights is None else sum(weights)
-        return Means(self._slices, begun, terms, total, counts=weights is None)
+        return Means(self._slices_of(layout, len(parts) == 1), begun, columns, total, counts=weights is None)
+
+    def _slices_of(self, layout: Layout, as_they_are: bool) -> Slices:
+        known = self._slices.get(as_they_are)
+        if known is None or known.layout is not layout:
+            threads = team()
+            at_once = 1 if threads is None else threads.size
+            known = self._slices[as_they_are] = Slices(layout, at_once, as_they_are=as_they_are)
+        return known
 
     def own(self, part: Part, layout: Layout) -> Gradients:
         """Return gradients that may be written: a copy of borrowed ones."""
@@ -182,9 +191,7 @@ def _terms(parts: Sequence[Part], keys: Sequence[tuple[object, float | None]], n
 
 
 def _can_wait(part: Part) -> bool:
-    return part.source is not None and all(
-        gradient is None or (gradient.layout is torch.strided and gradient.is_cpu) for gradient in part.gradients
-    )
+    return part.source is not None and part.dense
 
 
 def _sum_with_sparse(terms: list[Term]) -> Tensor:
