@@ -14,7 +14,7 @@ import select
 import stat
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,8 @@ from farstep_wire.limits import MESSAGE_BYTES
 PROOF_BYTES = 16
 _LENGTH_BYTES = 4
 _READ_BYTES = 256 * 1024
+_ROOM_BYTES = 32 * 1024
+"""What surely fits into a pipe of the usual size that is clear; one that is short of memory has less."""
 _LOOK_SECONDS = 0.25
 """How often who waits looks whether to go on waiting."""
 _AWAKE_SECONDS = 0.001
@@ -112,6 +114,33 @@ class Pipes:
                 written -= len(parts.pop(0))
             if parts:
                 parts[0] = parts[0][written:]
+
+    @property
+    def _room_bytes(self) -> int:
+        import fcntl
+
+        return min(_ROOM_BYTES, fcntl.fcntl(self._outgoing, fcntl.F_GETPIPE_SZ) // 2)
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the other side has read everything."""
+        import fcntl
+        import termios
+
+        return fcntl.ioctl(self._outgoing, termios.FIONREAD, bytes(4)) == bytes(4)
+
+    def write_at_once(self, messages: Sequence[bytes]) -> bool:
+        """Write messages into a clear pipe without waiting; False, with nothing written, where they are too long for that.
+
+        PipeError: a part of them was written, and nothing more must be.
+        """
+        parts = [part for message in messages for part in (len(message).to_bytes(_LENGTH_BYTES, "little"), message)]
+        size = sum(map(len, parts))
+        if size > self._room_bytes:
+            return False
+        if os.writev(self._outgoing, parts) != size:
+            raise PipeError("a clear pipe had no room")
+        return True
 
     def _wait_to_read(self, check: Check) -> None:
         if self._alertness is None:

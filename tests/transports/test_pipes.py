@@ -213,6 +213,28 @@ def test_nonsense_ends_the_session_alone(server: ServerProcess, name: str, nonse
     _serves(server, name + "-2")
 
 
+def test_who_does_not_read_holds_nobody_up(server: ServerProcess, name: str) -> None:
+    """Replies of more bytes than a pipe holds, to a worker of a round that others are to make up too."""
+    count = 20_000
+    with RawSession(server.address) as session, RawSession(server.address) as other:
+        message = attach_message(name, policy=Sync(2))
+        attached = session.attach(message, layout_bytes(flat_layout(16, 8)), bytes(128))
+        pipes = _opened(session, server.address)
+        waits = pb.Contribution(epoch=attached.epoch, incarnation=attached.incarnation, sequence=1, abstain=True)
+        zero = pb.ZeroGrad(epoch=attached.epoch)
+        requests = [pb.ClientFrame(request=1, contribution=waits)]
+        requests += [pb.ClientFrame(request=number + 2, zero_grad=zero) for number in range(count)]
+        for request in requests:
+            pipes.write(request.SerializeToString(), _never)
+        message = attach_message(name, policy=Sync(2), worker="1")
+        other.attach(message, layout_bytes(flat_layout(16, 8)), bytes(128))
+        assert other.ask(pull=pb.Pull())[0].parameters.version == 0
+        answers = [pb.ServerFrame.FromString(pipes.read(_never) or b"") for _ in range(count)]
+        assert [answer.request for answer in answers] == list(range(2, count + 2))
+        assert {answer.WhichOneof("body") for answer in answers} == {"done"}
+        pipes.close()
+
+
 def test_a_proof_that_is_none(server: ServerProcess, name: str) -> None:
     with RawSession(server.address) as session:
         _attached(session, name)

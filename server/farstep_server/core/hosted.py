@@ -383,6 +383,8 @@ class HostedOptimizer:
             self._answers.release()
 
     def _begin_reduction(self) -> None:
+        if not self.pipeline.begins_early:
+            return
         leading = self._rounds.leading(self.members, self.version)
         if len(leading) > 1 and all(isinstance(act, ev.Contribution) and not act.closure for act in leading):
             self.pipeline.begin([act for act in leading if isinstance(act, ev.Contribution)])

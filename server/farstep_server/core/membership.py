@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from farstep_server.core.records import Member, Outcome, WorkerRow
@@ -49,17 +50,20 @@ class Membership:
     def __init__(self, lease_seconds: float) -> None:
         self.lease_seconds = lease_seconds
         self._records: dict[str, WorkerRecord] = {}
+        self._live: tuple[WorkerRecord, ...] | None = None
+        self._none_ends_before = math.inf
 
     def __iter__(self) -> Iterator[WorkerRecord]:
-        records = list(self._records.values())
-        return iter(records if len(records) < 2 else sorted(records, key=lambda record: worker_order(record.worker)))
+        return iter(sorted(self._records.values(), key=lambda record: worker_order(record.worker)))
 
     def __getitem__(self, worker: str) -> WorkerRecord:
         return self._records[worker]
 
-    def live(self) -> list[WorkerRecord]:
+    def live(self) -> Sequence[WorkerRecord]:
         """Return the live workers in worker order."""
-        return [record for record in self if record.live]
+        if self._live is None:
+            self._live = tuple(record for record in self if record.live)
+        return self._live
 
     def knows(self, worker: str, instance: str) -> bool:
         """Whether this instance of a worker was here before."""
@@ -82,8 +86,13 @@ class Membership:
             record.steps = max(record.steps, level) if resumed else level
         record.epoch += 1
         record.live, record.left = True, False
-        record.deadline = now + self.lease_seconds
+        self._live = None
+        self._renew(record, now)
         return record, resumed
+
+    def _renew(self, record: WorkerRecord, now: float) -> None:
+        record.deadline = now + self.lease_seconds
+        self._none_ends_before = min(self._none_ends_before, record.deadline)
 
     def _level(self, worker: str) -> int:
         """Return the steps of the slowest other live worker; where none is, the most that any has made."""
@@ -111,14 +120,14 @@ class Membership:
                 f"attach again to go on",
                 applied=Applied.NO,
             )
-        record.deadline = now + self.lease_seconds
+        self._renew(record, now)
         return record
 
     def touch(self, worker: str, epoch: int, now: float, round_trip_seconds: float = 0.0) -> None:
         """Renew a lease; the word of a fenced session changes nothing."""
         record = self._records.get(worker)
         if record is not None and record.live and record.epoch == epoch:
-            record.deadline = now + self.lease_seconds
+            self._renew(record, now)
             record.round_trip_seconds = round_trip_seconds or record.round_trip_seconds
 
     def leave(self, worker: str, epoch: int) -> bool:
@@ -127,18 +136,23 @@ class Membership:
         if record is None or record.epoch != epoch:
             return False
         record.live, record.left = False, True
+        self._live = None
         return True
 
     def expire(self, now: float) -> list[str]:
         """End the memberships whose lease has run out; return them."""
-        expired = [record for record in self._records.values() if record.live and record.deadline <= now]
+        if now < self._none_ends_before:
+            return []
+        expired = [record for record in self.live() if record.deadline <= now]
         for record in expired:
             record.live = False
+            self._live = None
+        self._none_ends_before = min((record.deadline for record in self.live()), default=math.inf)
         return [record.worker for record in expired]
 
     def next_deadline(self) -> float | None:
         """Return when the next lease runs out."""
-        return min((record.deadline for record in self._records.values() if record.live), default=None)
+        return min((record.deadline for record in self.live()), default=None)
 
     def members(self) -> list[Member]:
         """Return what a dump keeps."""
@@ -146,6 +160,8 @@ class Membership:
 
     def restore(self, members: list[Member], now: float) -> None:
         """Take over a dump's workers; those that were live get a fresh lease to come back in."""
+        self._live = None
+        self._none_ends_before = now + self.lease_seconds
         for member in members:
             answer = Settled(
                 member.settled_outcome, member.settled_version, member.settled_contributions, member.settled_loss

@@ -69,15 +69,19 @@ class Pipeline:
         settings, engine = self.settings, self.engine
         looks = settings.clip_grad_norm is not None or settings.clip_grad_value is not None
         looks = looks or settings.non_finite != "allow"
-        worthwhile = engine.store.nbytes >= _WORTHWHILE_BYTES
-        return engine.entry.trusted and not looks and worthwhile and steps_each_alone(engine.optimizer)
+        return engine.entry.trusted and not looks and self.begins_early and steps_each_alone(engine.optimizer)
+
+    @property
+    def begins_early(self) -> bool:
+        """Whether the gradients are so large that something is won by beginning with some of them."""
+        return self.engine.store.nbytes >= _WORTHWHILE_BYTES
 
     def begin(self, acts: Sequence[Contribution]) -> None:
         """Begin to reduce what the first workers of a round have handed in, while it waits for the others."""
         contributors = [act for act in acts if not act.abstain]
         given = {act.num_samples is None for act in contributors}
         waits = any(self.accumulated.count(act.worker) for act in contributors)
-        if len(contributors) < 2 or len(given) > 1 or waits or self.engine.store.nbytes < _WORTHWHILE_BYTES:
+        if len(contributors) < 2 or len(given) > 1 or waits:
             return
         parts = [self.part(act.staged)[0] for act in contributors if act.staged is not None]
         self._reducer.begin(parts, weights(contributors), self.engine.layout)

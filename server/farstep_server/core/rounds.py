@@ -10,7 +10,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from datetime import timedelta
-from itertools import takewhile
 
 from farstep_server.core.events import Act, Contribution
 from farstep_server.core.history import RoundKind
@@ -116,9 +115,14 @@ class SyncRounds(Rounds):
 
     def leading(self, members: Membership, version: int) -> list[Act]:
         """Return the acts of the first live workers in order, up to the first that is still missing."""
-        expected = {record.worker for record in members.live() if record.first_round <= version} | self._acts.keys()
-        order = sorted(expected, key=worker_order)
-        return [self._acts[worker] for worker in takewhile(self._acts.__contains__, order)]
+        leading = []
+        for record in members.live():
+            act = self._acts.get(record.worker)
+            if act is not None:
+                leading.append(act)
+            elif record.first_round <= version:
+                break
+        return leading
 
     def _ready(self, live: Sequence[WorkerRecord], version: int, *, started: bool, now: float) -> bool:
         if not started and len(live) < self._policy.workers:

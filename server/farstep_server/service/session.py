@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import logging
 import math
-import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from farstep_server.core import events as ev
 from farstep_server.core.parameters import ParameterReader
@@ -27,6 +27,7 @@ from farstep_server.logs import log_event
 from farstep_server.service.attaching import ON_EXISTING, blueprint_of, check_protocol
 from farstep_server.service.encoding import attached, encode_reply
 from farstep_server.service.grouping import Grouping
+from farstep_server.service.outbox import Item, Outbox
 from farstep_server.service.piping import Piping, messages
 from farstep_server.service.receiving import WireFormats
 from farstep_server.service.requests import NO_LAYOUT, Decoder, Request
@@ -48,14 +49,12 @@ _LOGGER = logging.getLogger(__name__)
 _JOIN_SECONDS = 60.0
 _TOUCH_SECONDS = 1.0
 _LONGEST_WAIT_SECONDS = 3600.0
+_AT_ONCE_BYTES = 16 * 1024
 _STEPS = frozenset({"contribution", "accumulate", "evaluation"})
 
 
 class _EndedError(Exception):
     """The session has ended while something was waited for."""
-
-
-Outbox = queue.SimpleQueue[tuple[pb.ServerFrame, None] | tuple[int, ev.Reply] | None]
 
 
 class SessionTicket:
@@ -70,6 +69,15 @@ class SessionTicket:
         """Take the answer."""
         self._waiting.discard(self._request)
         self._outbox.put((self._request, reply))
+
+
+def _is_small(item: Item) -> bool:
+    """Whether a reply is one of few bytes, all of them there."""
+    reply = item[1]
+    if not isinstance(reply, (ev.StepReply, ev.EvaluateReply, ev.DoneReply, ev.Refusal)):
+        return reply is None
+    parameters = getattr(reply, "parameters", None)
+    return not isinstance(parameters, ParameterReader) or parameters.nbytes <= _AT_ONCE_BYTES
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ class Session:
         self._directory = directory
         self._requests = requests
         self._is_active = is_active
-        self._outbox: Outbox = queue.SimpleQueue()
+        self._outbox = Outbox()
         self._sharing = Sharing(directory.limit_bytes)
         self._grouping = Grouping(served=directory.serves_groups, peer=peer, stall_seconds=directory.lease_seconds)
         self._formats = WireFormats(directory.limit_bytes)
@@ -141,6 +149,7 @@ class Session:
         finally:
             replies.close()
             self.end()
+            self._outbox.write_with(None)
             pipes.close_outgoing()
             if not self._split:
                 pipes.close_incoming()
@@ -161,26 +170,49 @@ class Session:
     def _converse(self) -> Generator[bytes, None, None]:
         while self._read_one():
             while not self._outbox.empty():
-                item = self._outbox.get()
+                item = self._outbox.take()
                 if item is None:
                     return
                 self._awaited -= 1
                 yield from self._encoded(item)
+                self._outbox.done()
             if self._piping.agreed:
                 return
             if self._awaited > 0:
                 break
         else:
             self.end()
-            while not self._outbox.empty() and (item := self._outbox.get()) is not None:
+            while not self._outbox.empty() and (item := self._outbox.take()) is not None:
                 yield from self._encoded(item)
+                self._outbox.done()
             return
         self._split = True
+        if self._pipes is not None:
+            self._outbox.write_with(partial(self._write_at_once, self._pipes))
         threading.Thread(target=self._read_all, name="farstep-session", daemon=True).start()
-        while (item := self._outbox.get()) is not None:
+        while (item := self._outbox.take()) is not None:
             yield from self._encoded(item)
+            self._outbox.done()
 
-    def _encoded(self, item: tuple[pb.ServerFrame, None] | tuple[int, ev.Reply]) -> Iterator[bytes]:
+    def _write_at_once(self, pipes: Pipes, item: Item) -> Item | None:
+        """Write a small reply on the thread that has it; return what is left for the session's own."""
+        try:
+            if self._ended or not _is_small(item) or self._grouping.group is not None or not pipes.is_clear:
+                return item
+            item = list(self._encoded(item))
+            if pipes.write_at_once(item):
+                return None
+        except PipeError:
+            self.end()
+            return None
+        except Exception:  # noqa: BLE001 - the session's own thread meets it too, and says so; this one has other replies
+            pass
+        return item
+
+    def _encoded(self, item: Item) -> Iterator[bytes]:
+        if not isinstance(item, tuple):
+            yield from item
+            return
         first, reply = item
         if isinstance(first, pb.ServerFrame):
             yield first.SerializeToString()
@@ -220,7 +252,7 @@ class Session:
             self._piping.withdraw()
             self._grouping.end()
             self._directory.session_closed()
-        self._outbox.put(None)
+        self._outbox.end()
 
     # The reader.
 
