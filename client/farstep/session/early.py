@@ -25,7 +25,7 @@ from farstep_wire.v1 import optimizer_pb2 as pb
 from farstep_wire.values import memory
 
 _LOGGER = logging.getLogger("farstep")
-BUCKET_BYTES = 4 * 1024 * 1024
+BUCKET_BYTES = 1024 * 1024
 _FUTILE_STEPS = 3
 
 _Mark = tuple["weakref.ref[Tensor]", int, int]
