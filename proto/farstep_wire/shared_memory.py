@@ -123,6 +123,15 @@ class PrivateSegment(Segment):
         self.own = map_file(descriptor, HEADER_BYTES + nbytes, writable=True, private=True)
 
 
+def private_segment(nbytes: int) -> PrivateSegment:
+    """Make a segment that no other process sees; SharedMemoryError where there can be none."""
+    descriptor = _create(HEADER_BYTES + nbytes)
+    try:
+        return PrivateSegment(descriptor, nbytes, writable=True)
+    finally:
+        os.close(descriptor)
+
+
 def open_segment(name: SegmentName, *, writable: bool, private: bool = False) -> Segment:
     """Map the segment of another process; SharedMemoryError where it is not to be seen from here, or is not the one meant.
 

@@ -1,4 +1,4 @@
-"""Parameters that lie in the server's pages are each worker's own all the same: whoever writes, when, and whatever ends."""
+"""Parameters that lie in the server's pages, or in pages received, are each worker's own: whoever writes, whatever ends."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
 from farstep import Async, Remote, Sync, Timeouts, errors, optim
 from farstep.inspection import connect
 from farstep.transports import pages
 from farstep_wire.address import parse_address
+from farstep_wire.layout import align
 from farstep_wire.shared_memory import SharedMemoryError
 from tests.parity import twins
 from tests.support.proxy import Proxy
 from tests.support.servers import ServerProcess, Servers
 
-_SIZES = (150_001, 3, 90_000, 0, 40)
+_SIZES = (250_001, 3, 90_000, 0, 40)
 
 
 def _parameters() -> list[Any]:
@@ -120,47 +122,61 @@ _EDITS: list[tuple[Callable[[list[Any]], None], Sequence[int]]] = [
 """Edits, and the parameters that they change."""
 
 
-def test_every_edit_is_seen_and_nothing_else(server: ServerProcess, name: str) -> None:
-    pair = Pair(server, name)
+_WAYS = pytest.mark.parametrize("transport", ["shm", "grpc", "pg"])
+
+
+@_WAYS
+def test_every_edit_is_seen_and_nothing_else(servers: Servers, name: str, transport: str) -> None:
+    _sees_every_edit(servers("--pg"), name, transport)
+
+
+def _sees_every_edit(server: ServerProcess, name: str, transport: str) -> None:
+    pair = Pair(server, name, transport=transport)
     assert _is_file(pair.both[0])
+    gradients = 0 if transport == "shm" else sum(align(4 * size) for size in _SIZES)
     for edit, numbers in _EDITS:
         pair.step()
         pair.each(edit)
         sent = pair.own.remote.traffic.sent
         pair.step()
-        sent = pair.own.remote.traffic.sent - sent
+        sent = pair.own.remote.traffic.sent - sent - gradients
         edited = 4 * sum(_SIZES[number] for number in numbers)
         assert edited <= sent < edited + 1000, f"{edit.__name__}: {sent} bytes"
     pair.own.remote.close()
     twins.assert_same_parameters(*pair.both, "they stay as they are")
 
 
-def test_parameters_that_others_refer_to_stay_where_they_are(server: ServerProcess, name: str) -> None:
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
+def test_parameters_that_others_refer_to_stay_where_they_are(server: ServerProcess, name: str, transport: str) -> None:
     params = _parameters()
     kept, flat = params[0].detach(), params[2].view(-1)
-    own = optim.SGD(params, lr=0.1, remote=_remote(server, name))
+    own = optim.SGD(params, lr=0.1, remote=_remote(server, name, transport=transport))
     _give_gradients(params, 1)
     own.step()
     assert not _is_file(params)
-    assert own.remote.transport == "shm"
+    assert own.remote.transport == transport
     assert kept.data_ptr() == params[0].data_ptr()
     assert torch.equal(flat, params[2])
     own.remote.close()
 
 
-def test_parameters_that_other_processes_see_stay_where_they_are(server: ServerProcess, name: str) -> None:
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
+def test_parameters_that_other_processes_see_stay_where_they_are(
+    server: ServerProcess, name: str, transport: str
+) -> None:
     params = _parameters()
     for parameter in params:
         parameter.share_memory_()
-    own = optim.SGD(params, lr=0.1, remote=_remote(server, name))
+    own = optim.SGD(params, lr=0.1, remote=_remote(server, name, transport=transport))
     _give_gradients(params, 1)
     own.step()
     assert all(parameter.is_shared() for parameter in params)
     own.remote.close()
 
 
-def test_each_has_a_storage_of_its_own(server: ServerProcess, name: str) -> None:
-    pair = Pair(server, name)
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
+def test_each_has_a_storage_of_its_own(server: ServerProcess, name: str, transport: str) -> None:
+    pair = Pair(server, name, transport=transport)
     assert [parameter.untyped_storage().nbytes() for parameter in pair.both[0]] == [4 * size for size in _SIZES]
     addresses = [parameter.data_ptr() for parameter in pair.both[0]]
     views_of_them = [parameter.data.view(-1) for parameter in pair.both[0]]
@@ -174,12 +190,12 @@ def test_a_kernel_that_does_not_list_what_was_written(
     server: ServerProcess, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pages, "_SCAN", 0)  # as refused as an ioctl that there is not
-    test_every_edit_is_seen_and_nothing_else(server, name)
+    _sees_every_edit(server, name, "shm")
 
 
-@pytest.mark.parametrize("transport", ["auto", "shm"])
+@pytest.mark.parametrize(("transport", "way"), [("auto", "shm"), ("shm", "shm"), ("grpc", "grpc")])
 def test_a_kernel_that_does_not_tell_what_was_written(
-    server: ServerProcess, name: str, monkeypatch: pytest.MonkeyPatch, transport: str
+    server: ServerProcess, name: str, monkeypatch: pytest.MonkeyPatch, transport: str, way: str
 ) -> None:
     def opened() -> int:
         raise SharedMemoryError("not to be had")
@@ -189,16 +205,76 @@ def test_a_kernel_that_does_not_tell_what_was_written(
     for edit in (_clamp, _one_bit, _elsewhere):
         pair.each(edit)
         pair.step()
-    assert pair.own.remote.transport == "shm"
+    assert pair.own.remote.transport == way
     assert not _is_file(pair.both[0])
     pair.own.remote.close()
 
 
-def test_async_workers_have_copies(server: ServerProcess, name: str) -> None:
-    pair = Pair(server, name, policy=Async())
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
+def test_async_workers_have_copies(server: ServerProcess, name: str, transport: str) -> None:
+    """What they see changes with their own steps alone."""
+    with ThreadPoolExecutor(2) as pool:
+        remotes = [_remote(server, name, worker=number, policy=Async(), transport=transport) for number in range(2)]
+        params = [_parameters() for _ in remotes]
+        own = list(pool.map(lambda each: optim.SGD(each[0], lr=0.1, remote=each[1]), zip(params, remotes, strict=True)))
+    kept = [parameter.detach().clone() for parameter in params[1]]
+    for number in range(2):
+        _give_gradients(params[0], number)
+        own[0].step()
+    twins.assert_same_parameters(params[1], kept, "the other one has made steps")
+    for optimizer in own:
+        optimizer.remote.close()
+
+
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
+def test_edits_before_a_group_is_added(server: ServerProcess, name: str, transport: str) -> None:
+    pair = Pair(server, name, transport=transport)
     pair.step()
-    assert not _is_file(pair.both[0])
+    added = [Parameter(torch.full((70_000,), 0.5)) for _ in range(2)]
+    for params, optimizer, own in zip(pair.both, (pair.own, pair.local), added, strict=True):
+        _clamp(params)
+        optimizer.add_param_group({"params": [own]})
+        params.append(own)
+    twins.assert_same_parameters(*pair.both, "added")
+    pair.step()
+    pair.step()
+    assert _is_file(pair.both[0])
     pair.own.remote.close()
+
+
+def test_edits_and_closures_that_fail(server: ServerProcess, name: str) -> None:
+    """After a closure-driven step that fails the parameters are the server's, and edits of them are seen again."""
+    params, torchs = _parameters(), _parameters()
+    own: Any = optim.LBFGS(params, lr=0.1, max_iter=4, remote=_remote(server, name, transport="grpc"))
+    local = torch.optim.LBFGS(torchs, lr=0.1, max_iter=4)
+
+    def closure_of(mine: list[Any], optimizer: Any, fails: int) -> Callable[[], Tensor]:
+        calls = iter(range(100))
+
+        def closure() -> Tensor:
+            if next(calls) == fails:
+                raise ValueError("no more")
+            optimizer.zero_grad()
+            loss = torch.stack([(parameter * parameter).sum() for parameter in mine]).sum()
+            loss.backward()
+            return loss
+
+        return closure
+
+    own.step(closure_of(params, own, -1))
+    local.step(closure_of(torchs, local, -1))
+    twins.assert_same_parameters(params, torchs, "one step")
+    _clamp(params)
+    with pytest.raises(ValueError, match="no more"):
+        own.step(closure_of(params, own, 2))
+    twins.assert_same_parameters(params, torchs, "given back")
+    for mine in (params, torchs):
+        _clamp(mine)
+    own.step(closure_of(params, own, -1))
+    local.step(closure_of(torchs, local, -1))
+    twins.assert_same_parameters(params, torchs, "two steps")
+    assert _is_file(params)
+    own.remote.close()
 
 
 # Whoever does not wait sees no change.
@@ -292,9 +368,10 @@ def test_a_restored_snapshot_comes_with_the_next_step_and_not_before(
 # Whatever ends.
 
 
-def test_they_outlive_their_server(servers: Servers, name: str) -> None:
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
+def test_they_outlive_their_server(servers: Servers, name: str, transport: str) -> None:
     server = servers()
-    pair = Pair(server, name, timeouts=Timeouts(2, 2, 1))
+    pair = Pair(server, name, timeouts=Timeouts(2, 2, 1), transport=transport)
     pair.step()
     pair.each(_one_bit)
     server.kill()
@@ -307,8 +384,9 @@ def test_they_outlive_their_server(servers: Servers, name: str) -> None:
     twins.assert_same_parameters(*pair.both, "closed")
 
 
-def test_a_forked_child_has_them_as_they_were(server: ServerProcess, name: str) -> None:
-    pair = Pair(server, name)
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
+def test_a_forked_child_has_them_as_they_were(server: ServerProcess, name: str, transport: str) -> None:
+    pair = Pair(server, name, transport=transport)
     pair.step()
     go = os.pipe()
     # Without torch, whose threads are the parent's.

@@ -268,6 +268,8 @@ class Attachment:
             if view is not None and self._tried is not view:
                 self._tried = view
                 binding.enter(view)
+        if view is None and not binding.adopted:
+            binding.mirror()
 
     @property
     def _adopts(self) -> bool:

@@ -6,7 +6,7 @@ layout) goes through a CPU tensor in the layout's own strides, one copy more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,8 @@ from farstep.session.edits import EditDetector
 from farstep.session.feedback import Feedback
 from farstep.session.narrow import NarrowGradients, Piece, narrow_sink
 from farstep.transports.base import Lane
+from farstep.transports.mirror import Mirror
+from farstep.transports.private import PrivateParameters
 from farstep.transports.views import View
 from farstep_wire.frames import EMPTY, Body, BytesSource, ScatterSink, Sink
 from farstep_wire.layout import (
@@ -31,11 +33,14 @@ from farstep_wire.layout import (
     align,
     plan_gradients,
 )
+from farstep_wire.shared_memory import SharedMemoryError
 from farstep_wire.v1 import optimizer_pb2 as pb
 from farstep_wire.values import memory
 from farstep_wire.wire_format import EXACT, Wire
 
 _PADDING = memoryview(bytes(64))
+_MIRRORED_BYTES = 1024 * 1024
+"""Smaller parameters are compared in no time."""
 
 
 def parameter_keys(groups: Sequence[dict[str, Any]]) -> list[str]:
@@ -156,6 +161,8 @@ class Binding:
         """Whether the parameters are the server's own, so that nothing is received, and no edit is one of this side alone."""
         self.view: View | None = None
         """The view of the server's parameters in which these lie, or lay until the connection ended."""
+        self._mirror: Mirror | None = None
+        self._mirrors = detect_edits and layout.arena.nbytes >= _MIRRORED_BYTES
         self._edits = EditDetector(self.tensors, compare_bits=detect_edits)
         self._places: list[_Place] = []
         self._pointers: list[int] = []
@@ -194,17 +201,28 @@ class Binding:
         self._staged = [
             (tensor, place.staging)
             for tensor, place in zip(self.tensors, self._places, strict=True)
-            if place.staging is not None
+            if place.staging is not None and self._mirror is None
         ]
         self._sink = self._new_sink()
         self._edits.look_at([place.memory if place.direct else None for place in self._places])
 
     def _new_sink(self) -> Sink:
-        offsets = self.layout.arena.offsets
         if self._wire.parameters is None:
-            return ScatterSink((offset, place.memory) for offset, place in zip(offsets, self._places, strict=True))
+            return ScatterSink(zip(self.layout.arena.offsets, self._memories(), strict=True))
         tensors = [place.owner if place.staging is None else place.staging for place in self._places]
+        if self._mirror is not None:
+            tensors = self._mirror.arena
         return narrow_sink(self.layout, tensors, str(self._wire.parameters))
+
+    def _memories(self) -> list[memoryview]:
+        """Return where each parameter's bytes are received."""
+        if self._mirror is None:
+            return [place.memory for place in self._places]
+        return [memory(own, spec.nbytes) for own, spec in zip(self._mirror.arena, self.layout.specs, strict=True)]
+
+    @property
+    def _private(self) -> PrivateParameters | None:
+        return self._mirror if self.view is None else self.view
 
     # Out.
 
@@ -218,8 +236,12 @@ class Binding:
     def remember(self, but: Sequence[int] = ()) -> None:
         """The server has the parameters as they stand, all but some that were changed on this side."""
         self._look()
-        if self.view is None:
+        if self.view is not None:
+            return
+        if self._mirror is None:
             self._edits.remember(but)
+        else:
+            self._mirror.remember(but)
 
     def restore(self, contents: Sequence[Tensor], edited: Sequence[int]) -> None:
         """Set the parameters back to what they were, some of them being edited then."""
@@ -227,6 +249,13 @@ class Binding:
             for tensor, content in zip(self.tensors, contents, strict=True):
                 tensor.copy_(content)
         self.remember(but=edited)
+
+    def edited_again(self, contents: Mapping[int, Tensor]) -> None:
+        """Parameters that were edited on this side still are, wherever they have moved."""
+        with torch.no_grad():
+            for number, content in contents.items():
+                self.tensors[number].copy_(content)
+        self.remember(but=list(contents))
 
     def edited_contents(self, edited: Sequence[int]) -> Body:
         """Return the bytes of a contribution that has no gradients but some edited parameters."""
@@ -244,11 +273,13 @@ class Binding:
         if self.adopted:
             return []
         self._look()
-        return self._edits.changed() if self.view is None else self.view.edited()
+        private = self._private
+        return self._edits.changed() if private is None else private.edited()
 
     def undisturbed(self) -> AbstractContextManager[None]:
-        """Until this ends none but this package runs; see View."""
-        return nullcontext() if self.view is None else self.view.undisturbed()
+        """Until this ends none but this package runs; see PrivateParameters."""
+        private = self._private
+        return nullcontext() if private is None else private.undisturbed()
 
     def load(self, edited: Sequence[int] = ()) -> Load:
         """Return the gradients and the edited parameters as a contribution brings them.
@@ -371,18 +402,20 @@ class Binding:
             with torch.no_grad():
                 for tensor, staging in self._staged:
                     tensor.copy_(staging)
-        self.announce()
+        self.expect()
         self.settle()
 
     def takes_changes(self, but: Sequence[int]) -> bool:
         """Whether the parameters, if they were what the server has, still are, ``but`` for those that were edited."""
         own_memory = not self.adopted and self.view is None
-        return own_memory and self._wire.parameters is None and self._edits.untouched(but)
+        if not own_memory or self._wire.parameters is not None:
+            return False
+        return self._mirror is not None or self._edits.untouched(but)
 
     def changed_sink(self, changed: pb.Changed, total_bytes: int) -> Sink:
         """Return where the bytes of what has changed go; ``received_changed`` must follow. InternalError: see ChangedSink."""
         self._look()
-        self._changed = ChangedSink(changed, total_bytes, self.layout, [place.memory for place in self._places])
+        self._changed = ChangedSink(changed, total_bytes, self.layout, self._memories())
         return self._changed
 
     def received_changed(self) -> None:
@@ -391,21 +424,32 @@ class Binding:
         assert changed is not None, "begun"
         for number in changed.whole:
             staging = self._places[number].staging
-            if staging is not None:
+            if staging is not None and self._mirror is None:
                 with torch.no_grad():
                     self.tensors[number].copy_(staging)
+        places = self.tensors if self._mirror is None else self._mirror.arena
         rows = {
-            number: (write_rows(self.tensors[number], index, values), values)
+            number: (write_rows(places[number], index, values), values)
             for number, (index, values) in changed.rows.items()
         }
         torch.autograd.graph.increment_version([self.tensors[number] for number in (*changed.whole, *rows)])
-        self._edits.remember_changes(changed.whole, rows)
+        if self._mirror is None:
+            self._edits.remember_changes(changed.whole, rows)
+        else:
+            self._mirror.show()
 
     @property
     def may_come_late(self) -> bool:
         """Whether each parameter's bytes go straight to where it lies, so that it is there as soon as they are."""
         self._look()
-        return self._wire.parameters is None and not self._staged
+        displaced = self._mirror is not None and self._mirror.displaced
+        return self._wire.parameters is None and not self._staged and not displaced
+
+    def expect(self) -> None:
+        """Have the parameters be what is received, and let autograd know of the change."""
+        if self._mirror is not None:
+            self._mirror.show()
+        self.announce()
 
     def announce(self) -> None:
         """Let autograd know of the change, before a forward reads what it changes to."""
@@ -413,15 +457,32 @@ class Binding:
 
     def settle(self) -> None:
         """Take the parameters as they are for what the server has."""
-        if not self.adopted and self.view is None:
+        if not self.adopted and self._private is None:
             self._edits.remember()
 
     def enter(self, view: View) -> None:
         """Have the parameters lie in a view, where nothing else refers to their memory; they hold what the server has."""
+        self._forget_places()
+        if view.enter():
+            self._mirrors = self._mirrors or self._mirror is not None
+            self.view, self._mirror = view, None
+
+    def mirror(self) -> None:
+        """Have large parameters lie in a mirror, where that can be; they hold what the server has."""
+        wanted, self._mirrors = self._mirrors, False
+        if not wanted or not self.adoptable:
+            return
+        try:
+            mirror = Mirror(self.tensors, self.layout)
+        except SharedMemoryError:
+            return
+        self._forget_places()
+        if mirror.enter():
+            self._mirror = mirror
+
+    def _forget_places(self) -> None:
         self._places, self._staged, self._sink = [], [], None
         self._edits.look_at([None] * len(self.tensors))
-        if view.enter():
-            self.view = view
 
 
 def _padded(pieces: Sequence[Piece]) -> list[memoryview | bytes]:

@@ -116,7 +116,7 @@ class Holdings(Attachment):
             return pb.ClientFrame(add_param_group=message), body
 
         self._check_whole()
-        edited = self.binding.edited()
+        edited = {number: known[number].detach().clone() for number in self.binding.edited()}
         try:
             call_done(self.link, make)
         except FarstepError as error:
@@ -126,10 +126,11 @@ class Holdings(Attachment):
         self._open_group = None
         self._groups = groups
         self._binding = self._bound([*known, *new], old.extended(own))
-        self.binding.remember(but=edited)
+        self.binding.remember(but=list(edited))
         self._options.acknowledge_group(groups, number)
         self.link.renew_lane()
         self._adopt()
+        self.binding.edited_again(edited)
         self._renew_overlap()
 
     def _settle_feedback(self) -> None:

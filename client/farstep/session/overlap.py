@@ -63,7 +63,7 @@ class Overlap:
     def begin(self, link: Link, rest: Rest) -> None:
         """Have the parameters come in, and wait for those that may not be late."""
         self._late.begin()
-        self._binding.announce()
+        self._binding.expect()
         link.arrival = Arrival(rest, self._binding.settle)
 
     def await_needed(self) -> None:
