@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from farstep_wire.copying import join_bytes
 from farstep_wire.errors import InvalidRequestError
 from farstep_wire.layout import GradientPlan, Layout, align
 from farstep_wire.limits import CHUNK_BYTES
@@ -199,7 +200,7 @@ class NarrowSource:
         if self._room is None:
             self._room = Room(min(self.nbytes, CHUNK_BYTES))
         self._places.read(start, stop, self._room.tensor[: stop - start])
-        return b"".join((*prefix, self._room.memory[: stop - start]))
+        return join_bytes((*prefix, self._room.memory[: stop - start]))
 
 
 class WideningSink:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from farstep_wire.copying import join_bytes
 from farstep_wire.narrowing import Narrowing, NarrowSource, Places
 
 
@@ -26,7 +27,7 @@ class _Copy:
             if self._made < stop:
                 places.read(self._made, stop, self._tensor[self._made : stop])
                 self._made = stop
-        return b"".join((*prefix, memoryview(self.memory)[start:stop]))
+        return join_bytes((*prefix, memoryview(self.memory)[start:stop]))
 
 
 Spare = dict[torch.dtype, bytearray]
