@@ -81,10 +81,11 @@ class Remote:
             below, where the server itself listens at the loopback address, with no tunnel or proxy in between; else ``"grpc"``.
         timeouts: how long to wait for what.
         retry: pauses between attempts to connect.
-        detect_edits: compare every parameter's bits before each step, so that edits through ``p.data`` are seen too. Without
-            it only edits that torch itself records are seen (``p.copy_``, ``load_state_dict``), and others stay where a reply
-            brings only what has changed. Parameters that lie in the server's pages, as they do over shared memory under Sync,
-            need no comparison: edits are always seen.
+        detect_edits: see edits of parameters through ``p.data`` too. Those of 1 MiB and more together, to whose memory nothing
+            else refers, move for that into pages of which the kernel tells which were written; others are compared bit by
+            bit before each step. Without it only edits that torch itself records are seen (``p.copy_``,
+            ``load_state_dict``), and others stay where a reply brings only what has changed. Parameters that lie in the
+            server's pages, as over shared memory under Sync, are watched in any case.
         settings: what the server does around each step (clipping, non-finite guard, average); None leaves it as it is on the
             server, or as torch does it.
         adopt_parameters: with shared memory, have the parameters lie in the server's own memory, so that nothing is copied

@@ -36,16 +36,17 @@ def _arriving(own: torch.nn.Parameter, rank: int, size: Size) -> Callable[[], No
 
 
 def farstep_table(size: Size, seat: Seat, options: dict[str, Any]) -> Contender:
-    """This project; ``whole``: torch is told that the table was written to, so that all of it comes back."""
+    """This project; ``whole``: something else refers to the table, and torch is told of a change, so that all comes back."""
     how = dict(options)
     whole = how.pop("whole", False)
     own = torch.nn.Parameter(torch.zeros(size.tensors, size.elements))
+    other = own.detach() if whole else None
     optimizer, close = remote_optimizer([own], seat, {"optimizer": "SparseAdam", **how})
     arrive = _arriving(own, seat.rank, size)
 
     def prepare() -> None:
         arrive()
-        if whole:
+        if other is not None:
             torch.autograd.graph.increment_version(own)
 
     return Contender(optimizer.step, prepare, close)

@@ -20,11 +20,12 @@ _PEER = "gloo's sparse all-reduce"
 
 def _bytes_of_a_step(address: str, *, whole: bool) -> tuple[int, int]:
     own = torch.nn.Parameter(torch.zeros(_TABLE.tensors, _TABLE.elements))
+    other = own.detach() if whole else None
     remote = Remote(address, name=f"bytes-{whole}", transport="grpc", worker=0)
     optimizer = optim.SparseAdam([own], lr=0.1, remote=remote)
     for gradient in gradients(_TABLE, 0)[:2]:
         own.grad = gradient
-        if whole:
+        if other is not None:
             torch.autograd.graph.increment_version(own)
         optimizer.step()
     traffic = optimizer.remote.step_traffic
