@@ -13,6 +13,7 @@ import secrets
 import select
 import stat
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ _ROOM_BYTES = 32 * 1024
 """What surely fits into a pipe of the usual size that is clear; one that is short of memory has less."""
 _LOOK_SECONDS = 0.25
 """How often who waits looks whether to go on waiting."""
-_AWAKE_SECONDS = 0.001
-"""Who usually waits no longer than this may stay awake meanwhile."""
+_REPLY_SECONDS, _REQUEST_SECONDS = 0.001, 0.0003
+"""Who usually waits no longer than this for a reply, or for a request, may stay awake meanwhile."""
 
 
 class PipeError(Exception):
@@ -42,12 +43,15 @@ Check = Callable[[], None]
 class _Alertness:
     """Whether to look again and again for what is about to come, or to sleep until it is there.
 
-    To fall asleep and be woken takes both sides as long as a small step. So who is usually woken soon stays awake about as
-    long as that, and no longer (Karlin et al., "Empirical studies of competitive spinning", 1991); whoever else wants the
-    processor gets it.
+    To fall asleep and be woken takes both sides as long as a small step. So who is usually woken within ``limit_seconds``
+    stays awake about as long as that, and no longer (Karlin et al., "Empirical studies of competitive spinning", 1991). One
+    thread of a process at a time does, and whoever else wants the processor gets it.
     """
 
-    def __init__(self) -> None:
+    _one = threading.Lock()
+
+    def __init__(self, limit_seconds: float) -> None:
+        self._limit_seconds = limit_seconds
         self._usual = 0.0
         self._possible = len(os.sched_getaffinity(0)) > 1
 
@@ -55,24 +59,27 @@ class _Alertness:
         """Return whether there is something to read, which may take as long as that."""
         begun = time.perf_counter()
         there = self._awake(poll, begun) or bool(poll.poll(milliseconds))
-        self._usual += (min(time.perf_counter() - begun, 4 * _AWAKE_SECONDS) - self._usual) / 8
+        self._usual += (min(time.perf_counter() - begun, 4 * self._limit_seconds) - self._usual) / 8
         return there
 
     def _awake(self, poll: select.poll, begun: float) -> bool:
-        if not self._possible or self._usual > _AWAKE_SECONDS:
+        if not self._possible or self._usual > self._limit_seconds or not self._one.acquire(blocking=False):
             return False
-        until = begun + min(2 * self._usual, _AWAKE_SECONDS)
-        while not poll.poll(0):
-            if time.perf_counter() > until:
-                return False
-            os.sched_yield()
-        return True
+        try:
+            until = begun + min(2 * self._usual, self._limit_seconds)
+            while not poll.poll(0):
+                if time.perf_counter() > until:
+                    return False
+                os.sched_yield()
+            return True
+        finally:
+            self._one.release()
 
 
 class Pipes:
-    """One side's ends. One thread at a time reads, and one writes. ``alert``: its reader may stay awake while it waits."""
+    """One side's ends. One thread at a time reads, and one writes. ``alert_seconds``: how long a reader may stay awake."""
 
-    def __init__(self, incoming: int, outgoing: int, *, alert: bool = False) -> None:
+    def __init__(self, incoming: int, outgoing: int, alert_seconds: float) -> None:
         self._incoming, self._outgoing = incoming, outgoing
         for descriptor in (incoming, outgoing):
             os.set_blocking(descriptor, False)
@@ -80,7 +87,7 @@ class Pipes:
         self._readable.register(incoming, select.POLLIN)
         self._writable.register(outgoing, select.POLLOUT)
         self._left = b""
-        self._alertness = _Alertness() if alert else None
+        self._alertness = _Alertness(alert_seconds)
 
     def read(self, check: Check) -> bytes | None:
         """Return the next message; None where the other side has ended. PipeError: it has ended within a message."""
@@ -143,9 +150,6 @@ class Pipes:
         return True
 
     def _wait_to_read(self, check: Check) -> None:
-        if self._alertness is None:
-            self._wait(self._readable, check)
-            return
         while not self._alertness.wait(self._readable, _LOOK_SECONDS * 1000):
             check()
 
@@ -206,7 +210,7 @@ class OwnPipes:
         except OSError as error:
             raise PipeError(f"no pipe can be made: {error.strerror}") from None
         self.replies, self.requests = _named(theirs), _named(others)
-        self.pipes = Pipes(incoming, outgoing)
+        self.pipes = Pipes(incoming, outgoing, _REQUEST_SECONDS)
         self.proof = secrets.token_bytes(PROOF_BYTES)
         os.write(outgoing, self.proof)
 
@@ -240,7 +244,7 @@ def open_pipes(process: int, requests: PipeName, replies: PipeName) -> tuple[Pip
     except PipeError:
         os.close(incoming)
         raise
-    pipes = Pipes(incoming, outgoing, alert=True)
+    pipes = Pipes(incoming, outgoing, _REPLY_SECONDS)
     try:
         return pipes, os.read(incoming, PROOF_BYTES)
     except OSError as error:
