@@ -211,6 +211,30 @@ def test_a_kernel_that_does_not_tell_what_was_written(
 
 
 @pytest.mark.parametrize("transport", ["shm", "grpc"])
+def test_a_kernel_that_no_longer_tells_what_was_written(
+    server: ServerProcess, name: str, monkeypatch: pytest.MonkeyPatch, transport: str
+) -> None:
+    """As where a process has no descriptor left: then all bytes are compared."""
+    pair = Pair(server, name, transport=transport)
+    pair.step()
+    asked = 0
+
+    def opened() -> int:
+        nonlocal asked
+        asked += 1
+        raise SharedMemoryError("not to be had")
+
+    monkeypatch.setattr(pages, "_open_pagemap", opened)
+    for edit in (_clamp, _nothing_new, _one_bit, _elsewhere):
+        pair.each(edit)
+        pair.step()
+    assert asked
+    assert _is_file(pair.both[0])
+    pair.own.remote.close()
+    twins.assert_same_parameters(*pair.both, "closed")
+
+
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
 def test_async_workers_have_copies(server: ServerProcess, name: str, transport: str) -> None:
     """What they see changes with their own steps alone."""
     with ThreadPoolExecutor(2) as pool:

@@ -45,7 +45,7 @@ class Pages:
         header = torch.frombuffer(self._memory, dtype=torch.uint8, count=1)
         header.add_(0)
         seen = self._copied(ctypes.addressof(self._memory) // PAGE_BYTES, 1) == [(0, 1)]
-        if not seen or (HEADER_BYTES % PAGE_BYTES == 0 and self.copied()):
+        if not seen or (HEADER_BYTES % PAGE_BYTES == 0 and self._copied(self._first, self._count)):
             raise SharedMemoryError("the kernel does not tell which pages were written")
 
     def number(self, offset: int) -> int:
@@ -53,8 +53,11 @@ class Pages:
         return (self.address + offset) // PAGE_BYTES - self._first
 
     def copied(self) -> Runs:
-        """Return which pages are copies."""
-        return self._copied(self._first, self._count)
+        """Return which pages are copies; all of them where the kernel does not say so this time."""
+        try:
+            return self._copied(self._first, self._count)
+        except (SharedMemoryError, _NoScanError):
+            return [(0, self._count)]
 
     def populate(self) -> None:
         """Have the pages mapped before they are read, if the kernel can."""
@@ -67,8 +70,6 @@ class Pages:
 
     def keep(self) -> None:
         """Make every page a copy."""
-        if self.copied() == [(0, self._count)]:
-            return
         if self._advise(self._first * PAGE_BYTES, self._count * PAGE_BYTES, _MADV_POPULATE_WRITE):
             size = len(self._memory) - HEADER_BYTES
             content = torch.frombuffer(self._memory, dtype=torch.uint8, count=size, offset=HEADER_BYTES)
