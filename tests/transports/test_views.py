@@ -267,10 +267,16 @@ def test_edits_before_a_group_is_added(server: ServerProcess, name: str, transpo
 
 
 def test_edits_and_closures_that_fail(server: ServerProcess, name: str) -> None:
-    """After a closure-driven step that fails the parameters are the server's, and edits of them are seen again."""
-    params, torchs = _parameters(), _parameters()
-    own: Any = optim.LBFGS(params, lr=0.1, max_iter=4, remote=_remote(server, name, transport="grpc"))
-    local = torch.optim.LBFGS(torchs, lr=0.1, max_iter=4)
+    """After a closure-driven step that fails the parameters are the server's, and edits of them are seen again.
+
+    Beside the same with parameters that stay where they are: a line search's bits depend on the threads that it is given.
+    """
+    params, others = _parameters(), _parameters()
+    held = [parameter.detach() for parameter in others]
+    own, other = (
+        optim.LBFGS(mine, lr=0.1, max_iter=4, remote=_remote(server, f"{name}-{number}", transport="grpc"))
+        for number, mine in enumerate((params, others))
+    )
 
     def closure_of(mine: list[Any], optimizer: Any, fails: int) -> Callable[[], Tensor]:
         calls = iter(range(100))
@@ -286,19 +292,23 @@ def test_edits_and_closures_that_fail(server: ServerProcess, name: str) -> None:
         return closure
 
     own.step(closure_of(params, own, -1))
-    local.step(closure_of(torchs, local, -1))
-    twins.assert_same_parameters(params, torchs, "one step")
+    other.step(closure_of(others, other, -1))
+    twins.assert_same_parameters(params, others, "one step")
+    kept = [parameter.detach().clone() for parameter in params]
     _clamp(params)
     with pytest.raises(ValueError, match="no more"):
         own.step(closure_of(params, own, 2))
-    twins.assert_same_parameters(params, torchs, "given back")
-    for mine in (params, torchs):
+    twins.assert_same_parameters(params, kept, "given back")
+    for mine in (params, others):
         _clamp(mine)
     own.step(closure_of(params, own, -1))
-    local.step(closure_of(torchs, local, -1))
-    twins.assert_same_parameters(params, torchs, "two steps")
+    other.step(closure_of(others, other, -1))
+    twins.assert_same_parameters(params, others, "two steps")
     assert _is_file(params)
-    own.remote.close()
+    assert not _is_file(others)
+    assert held[0].data_ptr() == others[0].data_ptr()
+    own.remote.close()  # type: ignore[attr-defined]
+    other.remote.close()  # type: ignore[attr-defined]
 
 
 # Whoever does not wait sees no change.
